@@ -1,0 +1,30 @@
+# nibble_room(NAME DEPENDS a b LIBRARIES fmt::fmt)
+#
+# One room of src/: every .cc below the folder becomes the static library nibble_NAME, every *_test.cc one
+# test binary nibble_NAME_test. DEPENDS names the lower rooms that this one may include.
+function(nibble_room name)
+  cmake_parse_arguments(ROOM "" "" "DEPENDS;LIBRARIES" ${ARGN})
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
+  set(tests ${sources})
+  list(FILTER sources EXCLUDE REGEX "_test\\.cc$")
+  list(FILTER tests INCLUDE REGEX "_test\\.cc$")
+  list(TRANSFORM ROOM_DEPENDS PREPEND nibble_)
+
+  if(NOT sources)  # TEMPORARY while rooms are being written
+    file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/empty.cc "")
+    set(sources ${CMAKE_CURRENT_BINARY_DIR}/empty.cc)
+  endif()
+  add_library(nibble_${name} STATIC ${sources})
+  target_link_libraries(nibble_${name} PUBLIC nibble_options ${ROOM_DEPENDS} ${ROOM_LIBRARIES})
+  if(tests)
+    nibble_test(nibble_${name}_test SOURCES ${tests} LIBRARIES nibble_${name})
+  endif()
+endfunction()
+
+# nibble_test(NAME SOURCES ... LIBRARIES ...): a GoogleTest binary whose cases CTest runs one by one.
+function(nibble_test name)
+  cmake_parse_arguments(TEST "" "" "SOURCES;LIBRARIES" ${ARGN})
+  add_executable(${name} ${TEST_SOURCES})
+  target_link_libraries(${name} PRIVATE nibble_test_support ${TEST_LIBRARIES} GTest::gtest_main)
+  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+endfunction()

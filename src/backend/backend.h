@@ -1,0 +1,71 @@
+#pragma once
+// What a device does with a plan.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/kv_store.h"
+#include "backend/plan.h"
+#include "backend/sampling.h"
+#include "base/progress.h"
+
+namespace nibble::backend {
+
+// One session's part of a step.
+struct BatchSequence {
+  std::span<const TokenId> tokens;      // run at positions kv->length(), kv->length() + 1, ...
+  const KvSequence* kv;                 // prepared for them
+  uint32_t logit_rows = 0;              // logits of the last so many tokens are wanted on the host
+  std::optional<SampleRequest> sample;  // draw a token from the last token's logits
+};
+
+// One step: prefill chunks and decode rows of several sessions side by side.
+struct Batch {
+  std::span<const BatchSequence> sequences;  // no KvSequence twice, none without tokens
+  // Asked between steps of the plan; true abandons the batch with Error(kCancelled). May be empty.
+  std::function<bool()> stop;
+  // For tests and debugging: after step `step`, the residual or output rows it wrote,
+  // [tokens of the batch, width]. May be empty.
+  std::function<void(size_t step, ValueId value, std::span<const float> rows)> observe;
+};
+
+struct BatchResult {
+  std::vector<float> logits;     // [sum of logit_rows, vocabulary], in the batch's order
+  std::vector<TokenId> sampled;  // per sequence that asked, in the batch's order
+};
+
+struct BackendOptions {
+  KvFormat kv_format = KvFormat::kF16;
+  uint32_t ubatch = 512;  // most tokens in one batch
+  uint32_t threads = 0;   // 0: one per core
+  uint32_t device = 0;
+  std::vector<uint32_t> max_kv_pages;  // per group of make_kv_groups(plan, kv_format)
+};
+
+struct MemoryUse {
+  uint64_t weights_bytes = 0;    // the mapping's pages count as weights, too
+  uint64_t kv_bytes = 0;         // taken so far
+  uint64_t workspace_bytes = 0;  // activations and scratch
+};
+
+// A plan, loaded and ready on one device. Not thread-safe: one run at a time.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string description() const = 0;  // "cpu: Intel Xeon, 4 threads, avx512"
+  virtual KvStore& kv() = 0;
+  virtual MemoryUse memory() const = 0;
+
+  // Runs all steps for the batch's tokens, at most options.ubatch of them, and stores their keys
+  // and values; the caller commits the sequences afterwards. After an Error the prepared
+  // positions are undefined, the committed ones as before.
+  virtual void run(const Batch& batch, BatchResult& result) = 0;
+};
+
+}  // namespace nibble::backend
