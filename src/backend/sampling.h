@@ -19,7 +19,7 @@ struct SamplingParams {
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
   uint32_t penalty_window = 64;  // how many of the last tokens the penalties see
-  std::vector<std::pair<TokenId, float>> logit_bias;
+  std::vector<std::pair<TokenId, float>> logit_bias = {};
   uint64_t seed = 0;
 
   // Throws Error(kInvalidArgument) naming the first parameter that is NaN, infinite or out of its
