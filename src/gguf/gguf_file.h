@@ -71,13 +71,13 @@ class GgufFile {
  public:
   // Opens `path` and, for a split file ("-00001-of-00003.gguf"), its other parts.
   // Throws Error: kIo, kMalformedFile (what was found, expected, at which byte), kUnsupported
-  // (version 1, big-endian, an unknown tensor type).
+  // (version 1, big-endian, an unknown tensor type, an array of arrays).
   static GgufFile open(const std::filesystem::path& path);
   // The same checks on one part in memory. `bytes` must outlive the result.
   static GgufFile from_bytes(std::span<const std::byte> bytes);
 
   uint32_t version() const { return version_; }
-  uint64_t file_bytes() const;  // of all parts
+  uint64_t file_bytes() const { return file_bytes_; }  // of all parts
   std::span<const Metadata> metadata() const { return metadata_; }
   std::span<const Tensor> tensors() const { return tensors_; }
 
@@ -85,7 +85,7 @@ class GgufFile {
   const Tensor* find_tensor(std::string_view name) const;  // nullptr when absent
 
   // Typed access. Absent: nullopt. Another type, or a value out of range: Error(kMalformedFile)
-  // that names key, found and expected.
+  // that names key, found and expected. An empty array suits every element type.
   std::optional<uint64_t> find_uint(std::string_view key) const;  // any integer type, not negative
   std::optional<double> find_float(std::string_view key) const;   // f32 or f64
   std::optional<bool> find_bool(std::string_view key) const;
@@ -104,10 +104,31 @@ class GgufFile {
  private:
   GgufFile() = default;
 
-  std::vector<MappedFile> parts_;
+  // One file or one part of a split one; `name` stands in messages.
+  static GgufFile read(std::span<const std::byte> bytes, std::string name);
+  static GgufFile open_part(const std::filesystem::path& path);
+  void append(GgufFile part);
+  void index_joined_tensors();
+
+  template <class T>
+  std::optional<T> find_scalar(std::string_view key, std::string_view expected,
+                               std::optional<T> (*convert)(const Value&)) const;
+  template <class T>
+  std::optional<std::vector<T>> find_array(std::string_view key, std::string_view expected,
+                                           std::optional<T> (*convert)(const Value&)) const;
+  void expect_uint(std::string_view key, uint64_t expected) const;
+  [[noreturn]] void fail_value(const Metadata& metadata, std::string_view expected) const;
+
+  std::vector<MappedFile> parts_;  // none when read from memory
+  std::string name_;
+  std::span<const std::byte> first_part_;  // the one with the metadata
+  uint64_t file_bytes_ = 0;
   uint32_t version_ = 0;
   std::vector<Metadata> metadata_;
   std::vector<Tensor> tensors_;
+  // Pointers into the two vectors, in the order of the names.
+  std::vector<const Metadata*> metadata_by_key_;
+  std::vector<const Tensor*> tensors_by_name_;
 };
 
 }  // namespace nibble::gguf
