@@ -39,7 +39,8 @@ class ChatFormat {
   bool can_think_;
 };
 
-// Splits a model's answer as it streams into thought and answer, and hides the markers.
+// Splits a model's answer as it streams into thought and answer, and hides channel markers and ends
+// of generation. `tokenizer` must outlive it.
 class AnswerStream {
  public:
   struct Piece {
@@ -48,9 +49,13 @@ class AnswerStream {
   };
   explicit AnswerStream(const Tokenizer& tokenizer);
   Piece push(TokenId token);
+  // What was still held back of an unfinished character.
   Piece finish();
 
  private:
+  std::string without_name(std::string text);
+
+  const Tokenizer& tokenizer_;
   Decoder decoder_;
   std::optional<TokenId> channel_open_, channel_close_;
   bool in_channel_ = false;
