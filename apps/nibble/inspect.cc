@@ -1,0 +1,275 @@
+// nibble inspect: what is in a model file, and what memory it needs.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <set>
+
+#include "backend/plan.h"
+#include "base/error.h"
+#include "engine/engine.h"
+#include "model/model.h"
+#include "nibble/commands.h"
+#include "nibble/json.h"
+#include "nibble/model_options.h"
+#include "nibble/terminal.h"
+#include "quant/quant_type.h"
+
+namespace nibble::app {
+namespace {
+
+constexpr uint32_t kUbatch = 512;  // the engine's default
+constexpr size_t kShownElements = 8;
+
+// "<array of 8192 string>" and its first elements; other values as they are.
+boost::json::value to_json(const gguf::GgufFile& file, const gguf::Metadata& metadata) {
+  const auto* array = std::get_if<gguf::Array>(&metadata.value);
+  if (array == nullptr) {
+    return std::visit(
+        [](const auto& value) -> boost::json::value {
+          using T = std::decay_t<decltype(value)>;
+          if constexpr (std::is_same_v<T, std::string_view>) {
+            return boost::json::string(printable(value));
+          } else if constexpr (std::is_same_v<T, gguf::Array>) {
+            return nullptr;
+          } else {
+            return value;
+          }
+        },
+        metadata.value);
+  }
+
+  boost::json::array first;
+  const auto add = [&](const auto& elements) {
+    for (size_t i = 0; i < std::min(elements->size(), kShownElements); ++i) {
+      if constexpr (std::is_same_v<decltype(elements->at(i)), const std::string_view&>) {
+        first.emplace_back(printable((*elements)[i]));
+      } else if constexpr (std::is_same_v<decltype(elements->at(i)), const float&>) {
+        first.emplace_back(double((*elements)[i]));
+      } else {
+        first.emplace_back((*elements)[i]);
+      }
+    }
+  };
+  switch (array->element_type) {
+    case gguf::ValueType::kString:
+      add(file.find_string_array(metadata.key));
+      break;
+    case gguf::ValueType::kBool:
+      add(file.find_bool_array(metadata.key));
+      break;
+    case gguf::ValueType::kFloat32:
+    case gguf::ValueType::kFloat64:
+      add(file.find_float_array(metadata.key));
+      break;
+    case gguf::ValueType::kUint64:
+      add(file.find_uint_array(metadata.key));
+      break;
+    default:
+      add(file.find_int_array(metadata.key));
+  }
+  return {{"array_of", to_string(array->element_type)},
+          {"count", array->count},
+          {"first", std::move(first)}};
+}
+
+// A metadata value on one line of bounded length.
+std::string to_line(const boost::json::value& value) {
+  constexpr size_t kMaxBytes = 100;
+  if (const auto* array = value.if_object()) {
+    const boost::json::array& first = array->at("first").as_array();
+    const uint64_t count = array->at("count").to_number<uint64_t>();
+    std::string elements = to_text(first);
+    if (count > first.size()) elements.insert(elements.size() - 1, ", ...");
+    return fmt::format("{} {}: {}", count, array->at("array_of").as_string().c_str(), elements);
+  }
+  std::string text = to_text(value);
+  if (text.size() > kMaxBytes) {
+    size_t end = kMaxBytes;
+    while ((uint8_t(text[end]) & 0xc0) == 0x80) --end;  // not inside a character
+    text = fmt::format("{}... ({} bytes)", text.substr(0, end), text.size());
+  }
+  return text;
+}
+
+struct TypeTotal {
+  uint64_t tensors = 0, values = 0, bytes = 0;
+};
+
+std::map<quant::QuantType, TypeTotal> type_totals(const gguf::GgufFile& file) {
+  std::map<quant::QuantType, TypeTotal> totals;
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    TypeTotal& total = totals[tensor.type];
+    ++total.tensors;
+    total.values += tensor.columns() * tensor.rows();
+    total.bytes += tensor.data.size();
+  }
+  return totals;
+}
+
+struct MemoryRow {
+  backend::KvFormat format;
+  uint32_t context;
+  engine::MemoryNeeds needs;
+};
+
+std::vector<MemoryRow> memory_rows(const backend::Plan& plan) {
+  std::set<uint32_t> contexts = {plan.trained_context};
+  for (const uint32_t context : {512u, 2048u, 8192u, 32768u, 131072u}) {
+    if (context <= plan.trained_context) contexts.insert(context);
+  }
+  std::vector<MemoryRow> rows;
+  for (const auto format : {backend::KvFormat::kF16, backend::KvFormat::kF32}) {
+    for (const uint32_t context : contexts) {
+      rows.push_back({format, context, engine::memory_needs(plan, format, context, kUbatch)});
+    }
+  }
+  return rows;
+}
+
+// What the file holds and what this build can do with it.
+struct Inspection {
+  std::filesystem::path path;
+  gguf::GgufFile file;
+  std::optional<backend::Plan> plan;
+  std::string why_not_run;  // where there is no plan
+  std::string tokenizer;
+};
+
+Inspection examine(const std::string& model) {
+  const std::filesystem::path path = model_path(model);
+  Inspection inspection{path, gguf::GgufFile::open(path), std::nullopt, "", ""};
+  // A file may be well-formed and yet nothing that this build runs: then that is what it shows.
+  try {
+    inspection.plan = model::build_plan(inspection.file);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kUnsupported) throw;
+    inspection.why_not_run = error.what();
+  }
+  try {
+    const auto tokenizer = text::Tokenizer::from_gguf(inspection.file);
+    inspection.tokenizer =
+        tokenizer ? fmt::format("{} tokens", tokenizer->vocabulary()) : "none (no_vocab)";
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kUnsupported) throw;
+    inspection.tokenizer = fmt::format("not usable: {}", error.what());
+  }
+  return inspection;
+}
+
+boost::json::object to_json(const Inspection& inspection) {
+  const gguf::GgufFile& file = inspection.file;
+  boost::json::object metadata, types;
+  boost::json::array tensors, memory;
+  for (const gguf::Metadata& entry : file.metadata()) {
+    metadata[printable(entry.key)] = to_json(file, entry);
+  }
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    tensors.push_back({{"name", printable(tensor.name)},
+                       {"type", quant::quant_traits(tensor.type).name},
+                       {"shape", boost::json::value_from(tensor.dimensions)},
+                       {"bytes", tensor.data.size()}});
+  }
+  for (const auto& [type, total] : type_totals(file)) {
+    types[quant::quant_traits(type).name] = {
+        {"tensors", total.tensors}, {"values", total.values}, {"bytes", total.bytes}};
+  }
+  boost::json::object json{{"file", printable(inspection.path.string())},
+                           {"gguf_version", file.version()},
+                           {"bytes", file.file_bytes()},
+                           {"tokenizer", printable(inspection.tokenizer)},
+                           {"metadata", std::move(metadata)},
+                           {"tensors", std::move(tensors)},
+                           {"types", std::move(types)}};
+  if (!inspection.plan) {
+    json["not_run_because"] = printable(inspection.why_not_run);
+    return json;
+  }
+  for (const MemoryRow& row : memory_rows(*inspection.plan)) {
+    memory.push_back({{"backend", "cpu"},
+                      {"kv", to_string(row.format)},
+                      {"context", row.context},
+                      {"weights_bytes", row.needs.weights_bytes},
+                      {"kv_bytes", row.needs.kv_bytes},
+                      {"workspace_bytes", row.needs.workspace_bytes},
+                      {"total_bytes", row.needs.total()}});
+  }
+  json["memory"] = std::move(memory);
+  return json;
+}
+
+void print_memory(const backend::Plan& plan) {
+  fmt::print("\nMemory on backend cpu (weights are the file's own pages, not a copy):\n");
+  fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", "context", "kv", "weights", "cache",
+             "workspace", "total");
+  for (const MemoryRow& row : memory_rows(plan)) {
+    fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", row.context, to_string(row.format),
+               human_bytes(row.needs.weights_bytes), human_bytes(row.needs.kv_bytes),
+               human_bytes(row.needs.workspace_bytes), human_bytes(row.needs.total()));
+  }
+}
+
+void print(const Inspection& inspection) {
+  const gguf::GgufFile& file = inspection.file;
+  fmt::print("{}: GGUF version {}, {}\n", printable(inspection.path.string()), file.version(),
+             human_bytes(file.file_bytes()));
+
+  fmt::print("\nMetadata ({} keys):\n", file.metadata().size());
+  for (const gguf::Metadata& entry : file.metadata()) {
+    fmt::print("  {} = {}\n", printable(entry.key), to_line(to_json(file, entry)));
+  }
+
+  fmt::print("\nTensors ({}; innermost dimension first):\n", file.tensors().size());
+  size_t width = 0;
+  for (const gguf::Tensor& tensor : file.tensors()) width = std::max(width, tensor.name.size());
+  for (const gguf::Tensor& tensor : file.tensors()) {
+    fmt::print("  {:{}}  {:7} {:16} {:>9}\n", printable(tensor.name), width,
+               quant::quant_traits(tensor.type).name,
+               fmt::format("{}", fmt::join(tensor.dimensions, " x ")),
+               human_bytes(tensor.data.size()));
+  }
+
+  fmt::print("\nTypes:\n");
+  for (const auto& [type, total] : type_totals(file)) {
+    fmt::print("  {:7} {:5} tensors  {:>13} values  {:>9}\n", quant::quant_traits(type).name,
+               total.tensors, total.values, human_bytes(total.bytes));
+  }
+
+  fmt::print("\nTokenizer: {}\n", printable(inspection.tokenizer));
+  if (inspection.plan) {
+    print_memory(*inspection.plan);
+  } else {
+    fmt::print("\nThis build does not run it: {}\n", printable(inspection.why_not_run));
+  }
+}
+
+}  // namespace
+
+void add_inspect(CLI::App& app) {
+  struct InspectOptions {
+    std::string model;
+    bool json = false;
+  };
+  auto options = std::make_shared<InspectOptions>();
+  CLI::App* command =
+      app.add_subcommand("inspect", "Show what is in a model file and what memory it needs");
+  add_model(*command, options->model);
+  command->add_flag("--json", options->json, "Print JSON");
+  command->footer(
+      "Nothing is loaded. Files that this build can't run are shown too, with the reason.\n"
+      "Examples:\n"
+      "  nibble inspect model.gguf\n"
+      "  nibble inspect model.gguf --json | python3 -m json.tool");
+  command->callback([options] {
+    const Inspection inspection = examine(options->model);
+    if (options->json) {
+      fmt::print("{}\n", to_text(to_json(inspection)));
+    } else {
+      print(inspection);
+    }
+  });
+}
+
+}  // namespace nibble::app

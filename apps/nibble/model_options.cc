@@ -1,0 +1,161 @@
+#include "nibble/model_options.h"
+
+#include <fmt/format.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#endif
+
+#include <cmath>
+
+#include "base/error.h"
+#include "nibble/terminal.h"
+
+namespace nibble::app {
+namespace {
+
+constexpr const char* kGroup = "Model and device";
+constexpr std::string_view kBundledModel = "tiny-gemma4-Q4_K_M.gguf";
+
+std::filesystem::path executable() {
+  std::error_code ignored;
+#ifdef __APPLE__
+  char buffer[4096];
+  uint32_t size = sizeof buffer;
+  if (_NSGetExecutablePath(buffer, &size) != 0) return {};
+  return std::filesystem::canonical(buffer, ignored);
+#else
+  return std::filesystem::read_symlink("/proc/self/exe", ignored);
+#endif
+}
+
+[[noreturn]] void fail_without_tokenizer() {
+  fail(ErrorCode::kUnsupported,
+       "this file has no tokenizer (tokenizer.ggml.model is \"no_vocab\"), so it can't read or "
+       "write text; it works with bench, inspect, logits and eval");
+}
+
+}  // namespace
+
+CLI::Validator finite_between(double low, double high) {
+  const auto check = [low, high](const std::string& text) -> std::string {
+    double value;
+    if (CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value >= low &&
+        value <= high) {
+      return "";
+    }
+    return fmt::format("{} is not a number from {} to {}", text, low, high);
+  };
+  return CLI::Validator(check, "");
+}
+
+void add_model(CLI::App& command, std::string& model) {
+  command.add_option("MODEL", model, "GGUF file; left out: the bundled tiny model");
+}
+
+std::filesystem::path model_path(const std::string& model) {
+  if (!model.empty()) return model;
+  const std::filesystem::path places[] = {
+      executable().parent_path().parent_path() / "share" / "nibble" / kBundledModel,
+      std::filesystem::path(NIBBLE_SOURCE_MODELS) / kBundledModel,
+  };
+  for (const std::filesystem::path& place : places) {
+    std::error_code ignored;
+    if (std::filesystem::is_regular_file(place, ignored)) return place;
+  }
+  fail(ErrorCode::kIo, "no MODEL given, and the bundled one is neither {} nor {}; name a GGUF file",
+       places[0].string(), places[1].string());
+}
+
+void ModelOptions::add_to(CLI::App& command) {
+  add_model(command, model);
+  command
+      .add_option("--backend", backend,
+                  "What runs the model: auto, cpu, reference (plain and slow)")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}))
+      ->type_name("NAME")
+      ->group(kGroup);
+  command.add_option("--device", device, "Which device of that backend")
+      ->type_name("N")
+      ->group(kGroup);
+  command.add_option("--weights", weights, "Layout of the weights: auto, direct (as in the file)")
+      ->check(CLI::IsMember({"auto", "direct"}))
+      ->type_name("LAYOUT")
+      ->group(kGroup);
+  command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f32, f16")
+      ->check(CLI::IsMember({"auto", "f32", "f16"}))
+      ->type_name("FORMAT")
+      ->group(kGroup);
+  command.add_option("--threads", threads, "Threads; left out: one per core")
+      ->check(finite_between(1, 1024))
+      ->type_name("N")
+      ->group(kGroup);
+  command.add_option("--ubatch", ubatch, "Most tokens in one step; left out: 512")
+      ->check(finite_between(1, 65536))
+      ->type_name("TOKENS")
+      ->group(kGroup);
+  command.add_flag("-v,--verbose", verbose, "Say more on stderr")->group(kGroup);
+}
+
+void ModelOptions::add_context_to(CLI::App& command) {
+  command
+      .add_option("-c,--context", context,
+                  "Most tokens of a conversation; left out: the trained context or what fits")
+      ->check(finite_between(1, INT32_MAX))
+      ->type_name("TOKENS")
+      ->group(kGroup);
+}
+
+engine::EngineOptions ModelOptions::engine_options() const {
+  engine::EngineOptions options;
+  options.backend = backend;
+  options.kv_format = parse_kv(kv);
+  options.context = context;
+  options.threads = threads;
+  options.ubatch = ubatch;
+  options.device = device;
+  return options;
+}
+
+std::optional<backend::KvFormat> parse_kv(const std::string& name) {
+  if (name == "f32") return backend::KvFormat::kF32;
+  if (name == "f16") return backend::KvFormat::kF16;
+  return std::nullopt;
+}
+
+void prefer_exact_kv(engine::EngineOptions& options) {
+  if (!options.kv_format) options.kv_format = backend::KvFormat::kF32;
+}
+
+OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& engine_options) {
+  const std::filesystem::path path = model_path(options.model);
+  OpenModel opened;
+  const Stopwatch watch;
+  {
+    ProgressBar bar;
+    opened.engine = engine::Engine::open(path, engine_options, bar.callback());
+  }
+  opened.load_ms = watch.ms();
+  engine::Engine& engine = *opened.engine;
+  fmt::print(stderr, "{} on {}; context {}\n", printable(path.filename().string()),
+             printable(engine.backend().description()), engine.context());
+  if (options.verbose) {
+    const backend::MemoryUse memory = engine.backend().memory();
+    fmt::print(stderr, "opened in {:.0f} ms: {} of weights, {} cache, up to {} tokens a step\n",
+               opened.load_ms, human_bytes(memory.weights_bytes),
+               to_string(engine.backend().kv().groups().front().format), engine.ubatch());
+  }
+  return opened;
+}
+
+const text::Tokenizer& require_tokenizer(const engine::Engine& engine) {
+  if (const text::Tokenizer* tokenizer = engine.tokenizer()) return *tokenizer;
+  fail_without_tokenizer();
+}
+
+std::unique_ptr<const text::Tokenizer> open_tokenizer(const std::string& model) {
+  auto tokenizer = text::Tokenizer::from_gguf(gguf::GgufFile::open(model_path(model)));
+  if (!tokenizer) fail_without_tokenizer();
+  return tokenizer;
+}
+
+}  // namespace nibble::app

@@ -1,0 +1,60 @@
+#pragma once
+// The options that all commands share, and opening a model with them.
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "backend/kv_format.h"
+#include "engine/engine.h"
+
+namespace nibble::app {
+
+// For options that take a number: refuses NaN, infinities and what lies outside [low, high].
+CLI::Validator finite_between(double low, double high);
+
+// Adds the positional MODEL.
+void add_model(CLI::App& command, std::string& model);
+
+// The file that MODEL names; the bundled tiny model when it is empty.
+std::filesystem::path model_path(const std::string& model);
+
+struct ModelOptions {
+  std::string model;
+  std::string backend = "auto";
+  std::string weights = "auto";
+  std::string kv = "auto";
+  uint32_t device = 0;
+  uint32_t context = 0;
+  uint32_t threads = 0;
+  uint32_t ubatch = 0;
+  bool verbose = false;
+
+  void add_to(CLI::App& command);          // all but the context
+  void add_context_to(CLI::App& command);  // -c
+  engine::EngineOptions engine_options() const;
+};
+
+// "f32" or "f16"; nullopt for "auto".
+std::optional<backend::KvFormat> parse_kv(const std::string& name);
+
+// For commands that measure quality: f32 where --kv leaves the choice, so that the cache adds no
+// rounding of its own.
+void prefer_exact_kv(engine::EngineOptions& options);
+
+struct OpenModel {
+  std::unique_ptr<engine::Engine> engine;
+  double load_ms;
+};
+
+// Opens with a progress bar, and says on stderr what runs where with which context.
+OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& engine_options);
+
+// The model's tokenizer; Error(kUnsupported) where the file has none.
+const text::Tokenizer& require_tokenizer(const engine::Engine& engine);
+// The same without opening the model.
+std::unique_ptr<const text::Tokenizer> open_tokenizer(const std::string& model);
+
+}  // namespace nibble::app

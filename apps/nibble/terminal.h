@@ -1,0 +1,68 @@
+#pragma once
+// What people see besides the result: progress, safe text, and Ctrl-C.
+
+#include <chrono>
+#include <string>
+#include <string_view>
+
+#include "base/progress.h"
+
+namespace nibble::engine {
+class Session;
+}
+
+namespace nibble::app {
+
+bool stdin_is_terminal();
+
+// All of stdin, byte for byte.
+std::string read_stdin();
+
+// Text of unknown origin made safe to print: control characters (but newline and tab) become
+// "\x1b", bytes that are no UTF-8 become U+FFFD.
+std::string printable(std::string_view text);
+
+// "1.46 GB", "81.9 kB": powers of ten.
+std::string human_bytes(uint64_t bytes);
+
+class Stopwatch {
+ public:
+  double ms() const {
+    return std::chrono::duration<double, std::milli>(Clock::now() - start_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+};
+
+// A bar on stderr when that is a terminal, from the second second on; wiped when destroyed.
+class ProgressBar {
+ public:
+  ProgressBar();
+  ~ProgressBar();
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+
+  void update(std::string_view what, uint64_t done, uint64_t total);
+  // For the library's functions; must not outlive the bar.
+  Progress callback();
+
+ private:
+  const bool enabled_;
+  Stopwatch since_start_;
+  double last_drawn_ms_ = 0;
+  bool drawn_ = false;
+};
+
+// While it lives, Ctrl-C cancels `session`; a second Ctrl-C ends the program as usual. One at a
+// time.
+class CancelOnInterrupt {
+ public:
+  explicit CancelOnInterrupt(engine::Session& session);
+  ~CancelOnInterrupt();
+  CancelOnInterrupt(const CancelOnInterrupt&) = delete;
+  CancelOnInterrupt& operator=(const CancelOnInterrupt&) = delete;
+};
+
+}  // namespace nibble::app
