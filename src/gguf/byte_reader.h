@@ -33,10 +33,14 @@ class ByteReader {
     return uint64_t(reinterpret_cast<const std::byte*>(view.data()) - bytes_.data());
   }
 
-  // Says what comes next, for the message should the file end in it: "the value of", "a.key".
+  // Says what comes next, for messages about it: "the value of", "a.key".
   void expect(std::string_view what, std::string_view name = {}) {
     what_ = what;
     name_ = name;
+  }
+
+  std::string subject() const {
+    return name_.empty() ? std::string(what_) : fmt::format("{} {}", what_, quoted(name_));
   }
 
   // Refuses `count` things of at least `bytes_each` bytes that the rest of the file can't hold.
@@ -53,8 +57,8 @@ class ByteReader {
   std::span<const std::byte> take(uint64_t count) {
     if (count > remaining()) {
       malformed(position_,
-                "the file ends in {}{}: {} bytes expected, {} left; it is cut short or damaged",
-                what_, name_.empty() ? "" : " " + quoted(name_), count, remaining());
+                "the file ends in {}: {} bytes expected, {} left; it is cut short or damaged",
+                subject(), count, remaining());
     }
     const auto taken = bytes_.subspan(position_, count);
     position_ += count;

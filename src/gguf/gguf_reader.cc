@@ -42,7 +42,9 @@ ValueType read_value_type(ByteReader& in, std::string_view key) {
 bool read_bool(ByteReader& in) {
   const uint64_t at = in.position();
   const auto byte = in.number<uint8_t>();
-  if (byte > 1) in.malformed(at, "a bool of {}, expected 0 or 1", byte);
+  if (byte > 1) {
+    in.malformed(at, "{} has a bool of {}, expected 0 or 1", in.subject(), byte);
+  }
   return byte == 1;
 }
 
