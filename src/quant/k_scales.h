@@ -11,10 +11,10 @@ namespace nibble::quant {
 struct KScales {
   uint8_t bytes[12];
 
-  int scale(int g) const {
+  constexpr int scale(int g) const {
     return g < 4 ? bytes[g] & 0x3f : (bytes[g + 4] & 0xf) | (bytes[g - 4] >> 6) << 4;
   }
-  int min(int g) const {
+  constexpr int min(int g) const {
     return g < 4 ? bytes[g + 4] & 0x3f : bytes[g + 4] >> 4 | (bytes[g] >> 6) << 4;
   }
 };

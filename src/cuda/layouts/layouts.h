@@ -1,0 +1,57 @@
+#pragma once
+// All weight layouts of this room, and packing of whole matrices into them.
+
+#include <cstddef>
+#include <span>
+
+#include "cuda/layouts/f16_tiled.h"
+#include "cuda/layouts/q4_symmetric_tiled.h"
+#include "cuda/layouts/q4_tiled.h"
+#include "cuda/layouts/q5_tiled.h"
+#include "cuda/layouts/q6_tiled.h"
+#include "cuda/layouts/q8_tiled.h"
+
+namespace nibble::cuda {
+
+// How many tiles lie over and beside each other in a matrix of [rows, columns].
+struct TileGrid {
+  uint32_t row_tiles;
+  uint32_t column_tiles;
+
+  TileGrid(uint32_t rows, uint32_t columns)
+      : row_tiles((rows + kTileRows - 1) / kTileRows),
+        column_tiles((columns + kTileColumns - 1) / kTileColumns) {}
+  uint64_t tiles() const { return uint64_t(row_tiles) * column_tiles; }
+};
+
+// One lane's part of tile `index` of a matrix of GGUF blocks [rows, columns / Block::kValues].
+template <class Layout>
+NIBBLE_HOST_DEVICE inline void pack_tile_lane(const typename Layout::Block* blocks, uint32_t rows,
+                                              uint32_t columns, uint32_t column_tiles,
+                                              uint64_t index, uint32_t lane, Layout& tile) {
+  constexpr uint32_t kBlockValues = Layout::Block::kValues;
+  const uint32_t first_row = uint32_t(index / column_tiles) * kTileRows;
+  const uint32_t first_column = uint32_t(index % column_tiles) * kTileColumns;
+  const typename Layout::Block* sources[2];
+  for (uint32_t half = 0; half < 2; ++half) {
+    const uint32_t row = first_row + lane / 4 + 8 * half;
+    sources[half] =
+        row < rows ? blocks + (uint64_t(row) * columns + first_column) / kBlockValues : nullptr;
+  }
+  const uint32_t left = columns - first_column;
+  tile.pack_lane(lane, sources, left < kTileColumns ? left : kTileColumns);
+}
+
+// Packs a matrix on the host: `blocks` [rows, columns] as the file has them, `tiles` as TileGrid
+// says.
+template <class Layout>
+void pack_matrix(const typename Layout::Block* blocks, uint32_t rows, uint32_t columns,
+                 Layout* tiles) {
+  const TileGrid grid(rows, columns);
+  for (uint64_t i = 0; i < grid.tiles(); ++i) {
+    for (uint32_t lane = 0; lane < kLanes; ++lane)
+      pack_tile_lane(blocks, rows, columns, grid.column_tiles, i, lane, tiles[i]);
+  }
+}
+
+}  // namespace nibble::cuda

@@ -1,0 +1,46 @@
+#pragma once
+// Q4_0 in tiles. Format: docs/formats/cuda-tiles.md.
+
+#include "cuda/layouts/q4_tiled.h"
+#include "quant/q4_0.h"
+
+namespace nibble::cuda {
+
+struct CudaQ4SymmetricTiled {
+  static constexpr quant::QuantType kSource = quant::QuantType::kQ4_0;
+  using Block = quant::BlockQ4_0;
+
+  uint32_t quants[4][kLanes][4];  // as in CudaQ4Tiled
+  uint16_t scales[2][kLanes][2];  // f16: [half][lane][group of 32]
+
+  // Bit for bit what GGUF's dequantisation gives.
+  NIBBLE_HOST_DEVICE float value(uint32_t row, uint32_t column) const {
+    const TilePlace place = tile_place(row, column);
+    const PairPlace pair = pair_place(place.column);
+    const uint32_t word = quants[2 * place.half + pair.step / 4][place.lane][pair.step % 4];
+    return multiply(float(int(word >> nibble_shift(pair) & 0xf) - 8),
+                    half_bits_to_float(scales[place.half][place.lane][place.column / 32]));
+  }
+
+  // Writes what `lane` owns. `rows` are the tile's blocks of its two rows, null where there is no
+  // row; `columns` of each row exist.
+  NIBBLE_HOST_DEVICE void pack_lane(uint32_t lane, const Block* const rows[2], uint32_t columns) {
+    for (uint32_t half = 0; half < 2; ++half) {
+      for (uint32_t group = 0; group < 2; ++group) {
+        const uint32_t block = lane % 4 * 2 + group;
+        const Block* source = rows[half] && 32 * block < columns ? rows[half] + block : nullptr;
+        uint32_t words[4] = {};
+        for (uint32_t i = 0; source && i < 32; ++i) {
+          const PairPlace pair = pair_place(i);
+          words[pair.step] |= uint32_t(source->quants[i % 16] >> (i / 16 * 4) & 0xf)
+                              << nibble_shift(pair);
+        }
+        for (uint32_t i = 0; i < 4; ++i) quants[2 * half + group][lane][i] = words[i];
+        scales[half][lane][group] = source ? load_u16(source->scale.bytes) : uint16_t{0};
+      }
+    }
+  }
+};
+static_assert(sizeof(CudaQ4SymmetricTiled) == kTileRows * 8 * sizeof(quant::BlockQ4_0));
+
+}  // namespace nibble::cuda

@@ -1,0 +1,82 @@
+#pragma once
+// What the weight layouts of this room share: tiles of 16 rows by 256 columns, in the order in
+// which a warp's tensor-core fragments take them. Format: docs/formats/cuda-tiles.md.
+//
+// A matrix is a row of tiles per 16 rows, tile [row / 16][column / 256]; missing rows and columns
+// are zero. Lane 4 g + t of a warp owns the tile's rows g and g + 8 at columns [64 t, 64 t + 64),
+// and reads them 16 bytes at a time, neighbours side by side.
+
+#include <cstdint>
+#include <cstring>
+
+#include "base/half.h"
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#define NIBBLE_HOST_DEVICE __host__ __device__
+#else
+#define NIBBLE_HOST_DEVICE
+#endif
+
+namespace nibble::cuda {
+
+inline constexpr uint32_t kTileRows = 16;
+inline constexpr uint32_t kTileColumns = 256;
+inline constexpr uint32_t kLanes = 32;
+inline constexpr uint32_t kLaneColumns = 64;  // consecutive columns that one lane owns
+
+// Which lane holds an element of a tile, and where among that lane's own.
+struct TilePlace {
+  uint32_t lane;
+  uint32_t half;    // 0: row g, 1: row g + 8
+  uint32_t column;  // in [0, 64)
+};
+
+NIBBLE_HOST_DEVICE inline TilePlace tile_place(uint32_t row, uint32_t column) {
+  return {row % 8 * 4 + column / kLaneColumns, row / 8, column % kLaneColumns};
+}
+
+// Eight values make one step of two matrix instructions, which take them in pairs: pair p is
+// values 2p and 2p + 1, and both lie at the same place of a word's two halves, so that one mask
+// extracts both.
+struct PairPlace {
+  uint32_t step;  // of the lane's 8
+  uint32_t pair;  // of the step's 4
+  uint32_t high;  // 0: lower half of the word, 1: upper
+};
+
+NIBBLE_HOST_DEVICE constexpr PairPlace pair_place(uint32_t lane_column) {
+  return {lane_column / 8, lane_column % 8 / 2, lane_column % 2};
+}
+
+NIBBLE_HOST_DEVICE inline float half_bits_to_float(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(bits));
+#else
+  return f16_to_f32(bits);
+#endif
+}
+
+// Products and differences that no compiler fuses: dequantisation is exact to the bit.
+NIBBLE_HOST_DEVICE inline float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+NIBBLE_HOST_DEVICE inline float subtract(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+
+// A number as a block holds it, at any address.
+NIBBLE_HOST_DEVICE inline uint16_t load_u16(const uint8_t* bytes) {
+  return uint16_t(bytes[0] | bytes[1] << 8);
+}
+
+}  // namespace nibble::cuda
