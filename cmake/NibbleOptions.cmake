@@ -16,3 +16,7 @@ if(NIBBLE_SANITIZE)
   add_compile_options(-fsanitize=${NIBBLE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
   add_link_options(-fsanitize=${NIBBLE_SANITIZE})
 endif()
+if(NIBBLE_FUZZ)
+  # Coverage of the whole code for libFuzzer; its main() is linked in fuzz/ alone.
+  add_compile_options(-fsanitize=fuzzer-no-link)
+endif()
