@@ -18,8 +18,8 @@ namespace nibble::cpu {
 // type and goes its own way.
 //
 // A row of y depends on its row of x and on the instruction set only: not on the number of threads,
-// nor, to the last bit, on how many rows run together. Rows of x that hold NaN or infinity, and
-// blocks that do, make NaN of the outputs they touch and of no others.
+// nor, to the last bit, on how many rows run together. NaN and infinity in a row of x make no
+// finite sums of that row; in a block of the weight they change that output and no other.
 class Linear {
  public:
   // Takes all memory that runs of up to `max_rows` rows of up to `max_columns` need.
