@@ -293,7 +293,7 @@ TEST(MalformedGguf, TensorsMayNotOverlap) {
 TEST(MalformedGguf, ManyTensorsAreCheckedInGoodTime) {
   GgufBuilder builder;  // quadratic work would take minutes
   for (int i = 0; i < 100000; ++i) {
-    builder.f32_tensor("t" + std::to_string(i), {1}, {1});
+    builder.f32_tensor(std::to_string(i), {1}, {1});
   }
   EXPECT_NO_THROW(GgufFile::from_bytes(builder.build()));
   builder.tensors[7].offset = 99999 * 32;
