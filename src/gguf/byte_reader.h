@@ -2,7 +2,7 @@
 // Private to the room: bytes of a file, read front to back with every step checked.
 
 #include <bit>
-#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
@@ -65,9 +65,9 @@ class ByteReader {
     return taken;
   }
 
-  template <class T>
-  requires std::integral<T> || std::floating_point<T> T number() {
-    T value;
+  template <class Number>
+  Number number() {
+    Number value;
     std::memcpy(&value, take(sizeof value).data(), sizeof value);
     return value;
   }

@@ -2,9 +2,9 @@
 // GGUF model files, versions 2 and 3, little-endian, memory-mapped, single or split.
 // Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string>

@@ -1,7 +1,9 @@
 #include "gguf/gguf_reader.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
-#include <iterator>
+#include <optional>
 #include <utility>
 
 #include "base/checked_math.h"
