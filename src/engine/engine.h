@@ -19,6 +19,7 @@
 
 namespace nibble::engine {
 
+class Scheduler;
 class Session;
 
 struct EngineOptions {
@@ -34,86 +35,125 @@ struct EngineOptions {
 // Bytes that a model needs on a backend, computed without loading it.
 struct MemoryNeeds {
   uint64_t weights_bytes;
-  uint64_t kv_bytes;  // with the whole context filled
+  uint64_t kv_bytes;  // of one session with the whole context filled, its snapshots included
   uint64_t workspace_bytes;
   uint64_t total() const { return weights_bytes + kv_bytes + workspace_bytes; }
 };
 MemoryNeeds memory_needs(const backend::Plan& plan, backend::KvFormat format, uint32_t context,
                          uint32_t ubatch);
 
-// One model on one device, shared by its sessions. Not thread-safe, except Session::cancel.
+// One model on one device, shared by its sessions, which it must outlive. Not thread-safe, except
+// Session::cancel.
 class Engine {
  public:
   // Throws Error; kOutOfMemory says before loading what is needed, what is free and what would fit.
   static std::unique_ptr<Engine> open(const std::filesystem::path& path,
                                       const EngineOptions& options, const Progress& progress = {});
-  virtual ~Engine() = default;
+  ~Engine();
 
-  virtual const gguf::GgufFile& file() const = 0;
-  virtual const backend::Plan& plan() const = 0;
-  virtual const text::Tokenizer* tokenizer() const = 0;     // nullptr: the file has none
-  virtual const text::ChatFormat* chat_format() const = 0;  // nullptr: none that we know
-  virtual backend::Backend& backend() = 0;
-  virtual uint32_t context() const = 0;  // most tokens of one session
-  virtual uint32_t ubatch() const = 0;
+  const gguf::GgufFile& file() const;
+  const backend::Plan& plan() const;
+  const text::Tokenizer* tokenizer() const;     // nullptr: the file has none
+  const text::ChatFormat* chat_format() const;  // nullptr: none that we know
+  backend::Backend& backend();
+  uint32_t context() const;  // most tokens of one session
+  uint32_t ubatch() const;
   // From `general.sampling.*`, else temperature 1, top-k 64, top-p 0.95.
-  virtual backend::SamplingParams default_sampling() const = 0;
+  const backend::SamplingParams& default_sampling() const;
 
-  virtual std::unique_ptr<Session> new_session() = 0;
+  std::unique_ptr<Session> new_session();
 
   // One step for all `sessions` together: of each, pending tokens in order, as many as the step's
   // token budget (ubatch) allows, at least one of each while the budget lasts. Returns whether any
-  // session still has pending tokens. A session that fails (out of pages, context full,
-  // cancelled) gets its error (Session::error) and the others go on.
-  virtual bool step(std::span<Session* const> sessions) = 0;
+  // session still has pending tokens. A session that fails (out of pages, cancelled) gets its
+  // error (Session::error) and the others go on; when the device fails, all that took part get it.
+  bool step(std::span<Session* const> sessions);
+
+ private:
+  struct Parts;
+  explicit Engine(std::unique_ptr<Parts> parts);
+  std::unique_ptr<Parts> parts_;
 };
 
 // One conversation. Sessions are isolated: what one does changes nothing that another sees.
 class Session {
  public:
-  virtual ~Session() = default;
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
   // Tokens whose keys and values are in the cache, in order.
-  virtual std::span<const TokenId> tokens() const = 0;
+  std::span<const TokenId> tokens() const { return std::span(tokens_).first(kv_.length()); }
 
-  // Sets how next_token() is drawn by the steps that follow; greedy at first.
-  virtual void set_sampling(const backend::SamplingParams& params) = 0;
+  // Sets how next_token() is drawn by the steps that follow; greedy at first. Throws as
+  // SamplingParams::validate does.
+  void set_sampling(const backend::SamplingParams& params);
 
-  // Queues tokens behind those in the cache without running anything. logit_rows: of how many of
-  // the last ones logits() shall have rows. Throws Error(kContextFull) with both numbers,
-  // kSessionUnusable after an error, kInvalidArgument on ids outside the vocabulary.
-  virtual void feed(std::span<const TokenId> tokens, uint32_t logit_rows = 0) = 0;
-  virtual size_t pending() const = 0;
+  // Queues tokens (at least one) behind those in the cache without running anything. logit_rows:
+  // of how many of the last ones logits() shall have rows. Throws Error(kContextFull) with both
+  // numbers, kSessionUnusable after an error, kInvalidArgument on ids outside the vocabulary; then
+  // nothing has changed.
+  void feed(std::span<const TokenId> tokens, uint32_t logit_rows = 0);
+  size_t pending() const { return tokens_.size() - kv_.length(); }
 
   // feed() and run until nothing is pending; throws this session's error, if any.
-  virtual void extend(std::span<const TokenId> tokens, uint32_t logit_rows = 0,
-                      const Progress& progress = {}) = 0;
+  void extend(std::span<const TokenId> tokens, uint32_t logit_rows = 0,
+              const Progress& progress = {});
 
   // Makes the cache hold exactly `prefix` (not empty), reusing the longest common part that the
   // cache still has in full, and returns how many tokens were reused. The result equals that of a
   // fresh session. At least the last token is always run, so that next_token() is fresh.
-  virtual uint32_t sync(std::span<const TokenId> prefix, uint32_t logit_rows = 0,
-                        const Progress& progress = {}) = 0;
+  uint32_t sync(std::span<const TokenId> prefix, uint32_t logit_rows = 0,
+                const Progress& progress = {});
 
-  // Goes back to at most `length` tokens: to `length` exactly where the cache still has what
-  // that needs, else to the nearest earlier snapshot, else to 0. Returns the length reached.
-  virtual uint32_t truncate(uint32_t length) = 0;
+  // Drops pending tokens and goes back to at most `length` tokens: to `length` exactly where the
+  // cache still has what that needs, else to the nearest earlier snapshot, else to 0. Returns the
+  // length reached.
+  uint32_t truncate(uint32_t length);
 
-  // The token drawn after the last token of the last completed step.
-  virtual TokenId next_token() const = 0;
-  // [logit_rows, vocabulary] of the last feed, once nothing is pending.
-  virtual std::span<const float> logits() const = 0;
+  // The token drawn after the last token fed; Error(kInvalidArgument) while any is pending.
+  TokenId next_token() const;
+  // [logit_rows, vocabulary] of the last feed; empty while any token is pending.
+  std::span<const float> logits() const;
 
   // May be called from any thread: the running or next step of this session stops with
   // Error(kCancelled). What was in the cache before that step stays usable; pending tokens are
   // dropped.
-  virtual void cancel() noexcept = 0;
+  void cancel() noexcept { cancelled_ = true; }
 
-  // The error that a shared step() gave this session; empty when all is well. Any error but
-  // kCancelled makes the session unusable until reset().
-  virtual const std::optional<Error>& error() const = 0;
-  // Forgets all tokens and any error.
-  virtual void reset() = 0;
+  // The error that a step gave this session; empty when all is well. Any error but kCancelled
+  // makes the session unusable until reset().
+  const std::optional<Error>& error() const { return error_; }
+  // Forgets all tokens, any error and an unheard cancel().
+  void reset();
+
+ private:
+  friend class Scheduler;
+  explicit Session(Scheduler& scheduler);
+
+  void require_usable();
+  void check_tokens(size_t length, std::span<const TokenId> tokens, uint32_t logit_rows) const;
+  void drop_pending();
+  void take_snapshot();
+
+  // For the scheduler: the next `count` pending tokens, and what becomes of them.
+  backend::BatchSequence chunk(uint32_t count) const;
+  void complete(const backend::BatchSequence& chunk, std::span<const float> logits,
+                TokenId sampled);
+  void fail_step(const Error& error);
+
+  Scheduler& scheduler_;
+  backend::SamplingParams sampling_;
+  std::vector<TokenId> tokens_;  // in the cache, then pending
+  backend::KvSequence kv_;
+  std::vector<backend::KvSequence> snapshots_;  // of prefixes of tokens_, shortest first
+  uint32_t logit_rows_ = 0;                     // wanted of the last tokens in tokens_
+  uint32_t snapshot_at_ = 0;                    // where the running prompt leaves one; 0: nowhere
+  uint64_t last_step_ = 0;                      // when the scheduler last chose this session
+  std::optional<TokenId> next_token_;
+  std::vector<float> logits_;
+  std::atomic<bool> cancelled_ = false;
+  std::optional<Error> error_;
 };
 
 }  // namespace nibble::engine

@@ -1,0 +1,119 @@
+#include "engine/memory.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "base/checked_math.h"
+#include "base/error.h"
+#include "engine/engine.h"
+
+namespace nibble::engine {
+namespace {
+
+using backend::KvFormat;
+using backend::KvGroup;
+using backend::Plan;
+
+constexpr uint64_t kUnbounded = std::numeric_limits<uint64_t>::max();
+
+// The most pages that one session and its snapshots refer to at any time.
+uint64_t session_pages(const KvGroup& group, uint32_t context, uint32_t ubatch) {
+  // An unbounded group's snapshot shares all pages with its session but the one that the session
+  // has written on since; a window's may share none.
+  const uint64_t snapshot = group.window == 0 ? 1 : group.pages_for(context, 0);
+  return group.pages_for(context, ubatch) + kMaxSnapshots * snapshot;
+}
+
+uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
+  uint64_t width = 0;  // floats per token: every activation, and the widest weight's rows
+  for (const backend::Value& value : plan.values) width += value.width;
+  uint64_t scratch = 0;
+  for (const backend::Step& step : plan.steps) {
+    if (const auto* qkv = std::get_if<backend::NormQkvStep>(&step)) {
+      scratch = std::max<uint64_t>(scratch, plan.weight(qkv->qkv).rows());
+    } else if (const auto* mlp = std::get_if<backend::GatedMlpStep>(&step)) {
+      scratch = std::max<uint64_t>(
+          scratch, uint64_t{plan.weight(mlp->gate_up).rows()} + plan.weight(mlp->down).columns);
+    }
+  }
+  width += scratch + plan.hidden;
+  return (width * ubatch + plan.vocabulary) * sizeof(float);
+}
+
+uint64_t bytes_for(const Plan& plan, KvFormat format, uint32_t context,
+                   const SizeRequest& request) {
+  const MemoryNeeds one = memory_needs(plan, format, context, request.ubatch);
+  const auto kv = checked_mul(one.kv_bytes, request.sessions);
+  const auto all = checked_add(one.weights_bytes + one.workspace_bytes, kv.value_or(kUnbounded));
+  return all.value_or(kUnbounded);
+}
+
+// 0 when not even one token fits.
+uint32_t largest_context(const Plan& plan, KvFormat format, const SizeRequest& request,
+                         uint64_t free_bytes) {
+  // A sixteenth stays free for the tokenizer, the program itself and the neighbours.
+  const uint64_t usable = free_bytes - free_bytes / 16;
+  uint32_t low = 0;  // fits, if only as nothing at all
+  uint32_t high = plan.trained_context;
+  while (low < high) {
+    const uint32_t middle = high - (high - low) / 2;
+    if (bytes_for(plan, format, middle, request) <= usable) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+std::string in_words(uint64_t bytes) {
+  return fmt::format("{} bytes ({:.2f} GiB)", bytes, static_cast<double>(bytes) / (1 << 30));
+}
+
+// "; what would fit: ..." for an error message.
+std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
+  std::string list;
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kF16}) {
+    const uint32_t context = largest_context(plan, format, request, free_bytes);
+    if (context == 0) continue;
+    list += fmt::format("{}-c {} --kv {}", list.empty() ? "" : ", ", context, to_string(format));
+  }
+  if (list.empty()) return "not even one token of context would fit: take a smaller model";
+  return "what would fit: " + list;
+}
+
+}  // namespace
+
+MemoryNeeds memory_needs(const Plan& plan, KvFormat format, uint32_t context, uint32_t ubatch) {
+  MemoryNeeds needs{.weights_bytes = plan.weight_bytes(),
+                    .kv_bytes = 0,
+                    .workspace_bytes = workspace_bytes(plan, ubatch)};
+  for (const KvGroup& group : make_kv_groups(plan, format)) {
+    needs.kv_bytes += session_pages(group, context, ubatch) * group.page_bytes;
+  }
+  return needs;
+}
+
+Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
+  uint32_t context = request.context;
+  if (context == 0) context = largest_context(plan, request.format, request, free_bytes);
+  const uint32_t least = std::max(context, 1u);
+  const uint64_t needed = bytes_for(plan, request.format, least, request);
+  if (context == 0 || needed > free_bytes) {
+    fail(ErrorCode::kOutOfMemory,
+         "{} of weights and {} session(s) of {} tokens with {} KV need {} of memory, {} are free; "
+         "{}",
+         in_words(plan.weight_bytes()), request.sessions, least, to_string(request.format),
+         in_words(needed), in_words(free_bytes), what_would_fit(plan, request, free_bytes));
+  }
+  Size size{.context = context, .max_kv_pages = {}};
+  for (const KvGroup& group : make_kv_groups(plan, request.format)) {
+    const uint64_t pages = session_pages(group, context, request.ubatch) * request.sessions;
+    size.max_kv_pages.push_back(
+        static_cast<uint32_t>(std::min<uint64_t>(pages, std::numeric_limits<uint32_t>::max())));
+  }
+  return size;
+}
+
+}  // namespace nibble::engine

@@ -1,0 +1,108 @@
+#include "engine/memory.h"
+
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "engine/engine.h"
+
+namespace nibble::engine {
+namespace {
+
+using backend::KvFormat;
+
+constexpr std::byte kWeights[1000] = {};
+
+// One sliding and one full layer of 64 floats each for K and V; 1000 bytes of weights.
+backend::Plan plan_of(uint32_t trained_context) {
+  backend::Plan plan;
+  plan.trained_context = trained_context;
+  plan.vocabulary = 100;
+  plan.hidden = 16;
+  plan.values = {{"x", 16}};
+  plan.caches = {{2, 32, 128, false}, {1, 64, 0, false}};
+  plan.weights = {{.columns = 16, .segments = {{"w", quant::QuantType::kF32, 1, kWeights}}}};
+  return plan;
+}
+
+SizeRequest request(uint32_t context, uint32_t sessions = 1) {
+  return {.format = KvFormat::kF16, .context = context, .sessions = sessions, .ubatch = 64};
+}
+
+TEST(MemoryNeeds, KvFollowsContextWindowAndFormat) {
+  const backend::Plan plan = plan_of(8192);
+  const MemoryNeeds f16 = memory_needs(plan, KvFormat::kF16, 4096, 64);
+  EXPECT_EQ(f16.weights_bytes, 1000u);
+  const uint64_t page = 2 * 64 * 32 * 2;
+  // Full layer: 128 pages and one for each snapshot; sliding: window, ubatch and a page, and the
+  // window and a page for each snapshot.
+  const uint64_t full = 128 + kMaxSnapshots;
+  const uint64_t sliding = (128 + 64 + 32) / 32 + kMaxSnapshots * (128 + 32) / 32;
+  EXPECT_EQ(f16.kv_bytes, page * (full + sliding));
+  EXPECT_EQ(memory_needs(plan, KvFormat::kF32, 4096, 64).kv_bytes, 2 * f16.kv_bytes);
+  EXPECT_EQ(f16.total(), f16.weights_bytes + f16.kv_bytes + f16.workspace_bytes);
+}
+
+TEST(Fit, TakesTheTrainedContextWhereItFits) {
+  EXPECT_EQ(fit(plan_of(8192), request(0), uint64_t{1} << 40).context, 8192u);
+  EXPECT_EQ(fit(plan_of(8192), request(100), uint64_t{1} << 40).context, 100u);
+  EXPECT_EQ(fit(plan_of(8192), request(10'000), uint64_t{1} << 40).context, 10'000u);
+}
+
+TEST(Fit, ElseTheLargestThatFits) {
+  const backend::Plan plan = plan_of(1'000'000);
+  const uint64_t free_bytes = 100'000'000;
+  const uint32_t context = fit(plan, request(0), free_bytes).context;
+  const uint64_t usable = free_bytes - free_bytes / 16;
+  EXPECT_LE(memory_needs(plan, KvFormat::kF16, context, 64).total(), usable);
+  EXPECT_GT(memory_needs(plan, KvFormat::kF16, context + 1, 64).total(), usable);
+  const uint32_t shared = fit(plan, request(0, 10), free_bytes).context;
+  EXPECT_LT(shared, context / 9);
+}
+
+TEST(Fit, PagesServeAllSessions) {
+  const Size one = fit(plan_of(8192), request(4096), uint64_t{1} << 40);
+  const Size five = fit(plan_of(8192), request(4096, 5), uint64_t{1} << 40);
+  ASSERT_EQ(one.max_kv_pages.size(), 2u);
+  for (size_t g = 0; g < 2; ++g) EXPECT_EQ(five.max_kv_pages[g], 5 * one.max_kv_pages[g]);
+}
+
+std::string refusal(const backend::Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
+  try {
+    fit(plan, request, free_bytes);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+    return error.what();
+  }
+  ADD_FAILURE() << "it fitted";
+  return "";
+}
+
+TEST(Fit, RefusalSaysNeededFreeAndWhatWouldFit) {
+  const backend::Plan plan = plan_of(1'000'000);
+  SizeRequest large = request(1'000'000);
+  large.format = KvFormat::kF32;
+  const std::string message = refusal(plan, large, 100'000'000);
+  const uint64_t needed = memory_needs(plan, KvFormat::kF32, 1'000'000, 64).total();
+  EXPECT_NE(message.find(std::to_string(needed) + " bytes"), std::string::npos) << message;
+  EXPECT_NE(message.find("100000000 bytes"), std::string::npos) << message;
+  const uint32_t f16 = fit(plan, request(0), 100'000'000).context;
+  EXPECT_NE(message.find("-c " + std::to_string(f16) + " --kv f16"), std::string::npos) << message;
+}
+
+TEST(Fit, NothingAtAllFits) {
+  const backend::Plan plan = plan_of(8192);
+  for (const uint64_t free_bytes : {0u, 999u, 20'000u}) {
+    EXPECT_NE(refusal(plan, request(0), free_bytes).find("not even one token"), std::string::npos);
+  }
+}
+
+TEST(Fit, AbsurdRequestsAreRefusedNotOverflowed) {
+  const backend::Plan plan = plan_of(UINT32_MAX);
+  SizeRequest absurd = request(UINT32_MAX, UINT32_MAX);
+  refusal(plan, absurd, uint64_t{1} << 50);
+  absurd = request(0, UINT32_MAX);
+  EXPECT_NE(refusal(plan, absurd, uint64_t{1} << 30), "");
+}
+
+}  // namespace
+}  // namespace nibble::engine
