@@ -23,22 +23,30 @@ void dequantize_row(const backend::Weight& weight, uint32_t row, std::span<float
 
 void linear(ThreadPool& pool, const backend::Weight& weight, std::span<const float> input,
             std::span<float> output) {
-  // A tile of rows is dequantised once for all tokens and stays in the core's cache.
-  constexpr size_t kTileRows = 8;
+  // A tile of rows is dequantised once for all tokens and stays in the core's cache. Converting
+  // to double once, too, leaves the inner loop nothing but products and sums.
+  constexpr size_t kTileRows = 4;
   const size_t rows = weight.rows();
   const size_t columns = weight.columns;
   const size_t tokens = input.size() / columns;
-  const size_t tile_values = kTileRows * columns;
-  std::vector<float> tiles(pool.size() * tile_values);
+  const std::vector<double> x(input.begin(), input.end());
+  struct Scratch {
+    std::vector<float> row;    // [columns]
+    std::vector<double> tile;  // [kTileRows, columns]
+  };
+  const Scratch scratch{std::vector<float>(columns), std::vector<double>(kTileRows * columns)};
+  std::vector<Scratch> scratches(pool.size(), scratch);
   pool.for_each_chunk(rows, kTileRows, [&](size_t begin, size_t end, uint32_t thread) {
-    const std::span tile = std::span(tiles).subspan(thread * tile_values, tile_values);
+    auto& [values, tile] = scratches[thread];
     for (size_t row = begin; row < end; ++row) {
-      dequantize_row(weight, uint32_t(row), tile.subspan((row - begin) * columns, columns));
+      dequantize_row(weight, uint32_t(row), values);
+      std::ranges::copy(values, tile.begin() + ptrdiff_t((row - begin) * columns));
     }
     for (size_t token = 0; token < tokens; ++token) {
-      const std::span x = input.subspan(token * columns, columns);
       for (size_t row = begin; row < end; ++row) {
-        output[token * rows + row] = float(dot(tile.subspan((row - begin) * columns, columns), x));
+        output[token * rows + row] =
+            float(dot(std::span<const double>(&tile[(row - begin) * columns], columns),
+                      std::span<const double>(&x[token * columns], columns)));
       }
     }
   });

@@ -8,8 +8,11 @@
 
 namespace nibble::reference {
 
-double dot(std::span<const float> a, std::span<const float> b) {
-  constexpr size_t kSums = 16;  // independent, so that compilers may keep them in vectors
+namespace {
+
+template <class Float>
+double dot_in_double(std::span<const Float> a, std::span<const Float> b) {
+  constexpr size_t kSums = 8;  // independent, so that compilers may keep them in vectors
   double sums[kSums] = {};
   size_t i = 0;
   for (; i + kSums <= a.size(); i += kSums) {
@@ -17,6 +20,15 @@ double dot(std::span<const float> a, std::span<const float> b) {
   }
   for (; i < a.size(); ++i) sums[0] += double{a[i]} * double{b[i]};
   return std::accumulate(std::begin(sums), std::end(sums), 0.0);
+}
+
+}  // namespace
+
+double dot(std::span<const float> a, std::span<const float> b) {
+  return dot_in_double(a, b);
+}
+double dot(std::span<const double> a, std::span<const double> b) {
+  return dot_in_double(a, b);
 }
 
 void rms_norm(const backend::RmsNorm& norm, std::span<const float> input, std::span<float> output) {

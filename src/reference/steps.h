@@ -10,6 +10,7 @@ namespace nibble::reference {
 
 // Products and sums in double.
 double dot(std::span<const float> a, std::span<const float> b);
+double dot(std::span<const double> a, std::span<const double> b);
 
 // output = input / sqrt(mean(input^2) + epsilon) * weight. May work in place.
 void rms_norm(const backend::RmsNorm& norm, std::span<const float> input,  // [width]
