@@ -50,6 +50,11 @@ void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// Subtracting zero, unlike adding it, is the identity for compilers too.
+F32 splat(float value) {
+  return value - F32{};
+}
+
 F32 to_float(U32 v) {
   return __builtin_convertvector((I32)v, F32);
 }
@@ -280,7 +285,7 @@ void multiply_quantized_rows(const TileScratch& tile, int groups, const Activati
         const I32 dot = Simd::dot<Format::kMaximum>(w, group.quants + s * Format::kGroup);
         const float x_sum = kScales == 1 ? group.sum : group.half_sums[s];
         sum[m] = Simd::fma(__builtin_convertvector(dot, F32), scale * group.scale, sum[m]);
-        sum[m] = Simd::fnma(minimum, F32{} + x_sum, sum[m]);
+        sum[m] = Simd::fnma(minimum, splat(x_sum), sum[m]);
       }
     }
   }
@@ -304,7 +309,7 @@ void multiply_float_rows(const TileScratch& tile, int columns, const float* x, s
   for (; k < columns; ++k) {
     const F32 w = load<F32>(tile.values + k * kLanes);
     for (int m = 0; m < kRows; ++m) {
-      sum[m][0] = Simd::fma(w, F32{} + x[m * stride + k], sum[m][0]);
+      sum[m][0] = Simd::fma(w, splat(x[m * stride + k]), sum[m][0]);
     }
   }
   for (int m = 0; m < kRows; ++m) store(sums + m * kLanes, sum[m][0] + sum[m][1]);
@@ -436,29 +441,21 @@ void multiply(const TileJob& job) {
 
 // ---- Activations ----
 
-int32_t lane_sum(I32 v) {
-  int32_t sum = 0;
-  for (int n = 0; n < kLanes; ++n) sum += v[n];
-  return sum;
-}
-
-// The largest magnitude among 32 values, as the bits of a float; NaN is larger than all.
-uint32_t largest_magnitude(const float* values) {
-  I32 largest = {};
-  for (int i = 0; i < 32; i += kLanes) {
-    const I32 bits = load<I32>(values + i) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  int32_t result = 0;
-  for (int n = 0; n < kLanes; ++n) result = largest[n] > result ? largest[n] : result;
-  return result;
-}
-
+// Plain loops over 32 values, which compilers turn into this instruction set's vectors.
 void quantize_group(const float* values, ActivationGroup& group) {
-  group = {};
-  const uint32_t largest_bits = largest_magnitude(values);
+  constexpr int kValues = ActivationGroup::kValues;
+  // As the bits of floats, magnitudes compare like integers, and NaN is larger than all.
+  int32_t bits[kValues];
+  __builtin_memcpy(bits, values, sizeof bits);
+  int32_t largest_bits = 0;
+  for (int i = 0; i < kValues; ++i) {
+    const int32_t magnitude = bits[i] & 0x7fffffff;
+    largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
+  }
   float largest;
   __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+
+  group = {};
   if (largest_bits >= 0x7f800000) {
     group.scale = group.sum = group.half_sums[0] = group.half_sums[1] = __builtin_nanf("");
     return;
@@ -469,18 +466,18 @@ void quantize_group(const float* values, ActivationGroup& group) {
 
   // Adding 1.5 * 2^23 leaves the value, rounded to nearest, in the mantissa's low bits.
   constexpr float kRounder = 0x1.8p23f;
-  const F32 rounder = F32{} + kRounder;
-  int32_t sums[2];
-  for (int half = 0; half < 2; ++half) {
-    I32 sum = {};
-    for (int i = 16 * half; i < 16 * (half + 1); i += kLanes) {
-      const I32 quants = (I32)(load<F32>(values + i) * inverse + rounder) - (I32)rounder;
-      sum += quants;
-      for (int n = 0; n < kLanes; ++n) group.quants[i + n] = int8_t(quants[n]);
-    }
-    sums[half] = lane_sum(sum);
-    group.half_sums[half] = group.scale * float(sums[half]);
-  }
+  constexpr int32_t kRounderBits = 0x4b400000;
+  float shifted[kValues];
+  for (int i = 0; i < kValues; ++i) shifted[i] = values[i] * inverse + kRounder;
+  int32_t quants[kValues];
+  __builtin_memcpy(quants, shifted, sizeof quants);
+  for (int i = 0; i < kValues; ++i) quants[i] -= kRounderBits;
+  for (int i = 0; i < kValues; ++i) group.quants[i] = int8_t(quants[i]);
+  int32_t sums[2] = {};
+  for (int i = 0; i < kValues / 2; ++i) sums[0] += quants[i];
+  for (int i = kValues / 2; i < kValues; ++i) sums[1] += quants[i];
+  group.half_sums[0] = group.scale * float(sums[0]);
+  group.half_sums[1] = group.scale * float(sums[1]);
   group.sum = group.scale * float(sums[0] + sums[1]);
 }
 

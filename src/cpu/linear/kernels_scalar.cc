@@ -12,6 +12,11 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(16)));
   typedef float F32 __attribute__((vector_size(16)));
 
+  typedef int16_t I16 __attribute__((vector_size(16)));
+
+  static I16 even_bytes(U32 v) { return (I16)(v << 8) >> 8; }
+  static I16 odd_bytes(U32 v) { return (I16)v >> 8; }
+
   static void load_columns(const std::byte* rows, size_t stride, U32 (&columns)[4]) {
     uint32_t words[kLanes][4];
     for (int n = 0; n < kLanes; ++n) __builtin_memcpy(words[n], rows + n * stride, 16);
@@ -35,13 +40,16 @@ struct Simd {
   static F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
   static F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
 
+  // Two products of signed bytes fit into 16 bits: even bytes and odd bytes of a word.
   template <int kMaximum, int kSteps>
   static I32 dot(const U32 (&w)[kSteps], const int8_t* x) {
     I32 sum = {};
     for (int i = 0; i < kSteps; ++i) {
-      for (int b = 0; b < 4; ++b) {
-        sum += ((I32)(w[i] << (24 - 8 * b)) >> 24) * int32_t{x[4 * i + b]};
-      }
+      uint32_t word;
+      __builtin_memcpy(&word, x + 4 * i, sizeof word);
+      const U32 words = word - U32{};
+      const I16 pairs = even_bytes(w[i]) * even_bytes(words) + odd_bytes(w[i]) * odd_bytes(words);
+      sum += ((I32)pairs << 16 >> 16) + ((I32)pairs >> 16);
     }
     return sum;
   }
