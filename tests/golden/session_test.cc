@@ -48,9 +48,9 @@ Tokens generate(Session& session, size_t count) {
   return drawn;
 }
 
-// Two orders of summation of the same f32 terms: the logits lie in (-30, 30), and each passes six
-// layers of sums of at most 512 terms; errors of sums grow with the root of their length.
-constexpr float kRounding = 30 * 6 * 23 * 0x1p-24f * 4;
+// To the last bit where the kernels sum each row alike whatever the batch; where they may not, each
+// logit, below 30 by its softcap, is off by some 50 roundings of half an ulp.
+constexpr float kRounding = 0;
 
 void expect_same_logits(const Session& a, const Session& b) {
   ASSERT_EQ(a.logits().size(), b.logits().size());
@@ -60,14 +60,14 @@ void expect_same_logits(const Session& a, const Session& b) {
   }
 }
 
-class MicroSession : public ::testing::TestWithParam<std::string> {
+class MicroSession : public ::testing::Test {
  protected:
   static std::unique_ptr<Engine> open(const EngineOptions& options) {
     return Engine::open(test::fixture("models/micro-gemma4-f16.gguf"), options);
   }
   EngineOptions options() const {
     EngineOptions options;
-    options.backend = GetParam();
+    options.backend = "cpu";
     options.kv_format = backend::KvFormat::kF32;
     options.context = 512;
     options.sessions = 3;
@@ -88,8 +88,8 @@ class MicroSession : public ::testing::TestWithParam<std::string> {
   std::unique_ptr<Engine> engine_ = open(options());
 };
 
-TEST_P(MicroSession, InterleavedAndBatchedSessionsGiveWhatEachGivesAlone) {
-  constexpr size_t kCount = 30;
+TEST_F(MicroSession, InterleavedAndBatchedSessionsGiveWhatEachGivesAlone) {
+  constexpr size_t kCount = 20;
   const Tokens prompts[] = {slice(0, 200), slice(1000, 61)};
   const backend::SamplingParams sampling[] = {{.temperature = 0},
                                               {.top_k = 64, .top_p = 0.95f, .seed = 7}};
@@ -122,7 +122,7 @@ TEST_P(MicroSession, InterleavedAndBatchedSessionsGiveWhatEachGivesAlone) {
   }
 }
 
-TEST_P(MicroSession, ResumingEqualsFresh) {
+TEST_F(MicroSession, ResumingEqualsFresh) {
   const auto session = engine_->new_session();
   session->extend(slice(0, 150));
   generate(*session, 3);
@@ -130,7 +130,7 @@ TEST_P(MicroSession, ResumingEqualsFresh) {
   expect_like_fresh(*session, 5);
 }
 
-TEST_P(MicroSession, RewindingPastTheWindowEqualsFresh) {
+TEST_F(MicroSession, RewindingPastTheWindowEqualsFresh) {
   const auto session = engine_->new_session();
   const Tokens prompt = slice(0, 180);
   session->sync(prompt);
@@ -145,7 +145,7 @@ TEST_P(MicroSession, RewindingPastTheWindowEqualsFresh) {
   expect_like_fresh(*session, 5);
 }
 
-TEST_P(MicroSession, BranchingInsideTheWindowReusesAllThatIsCommon) {
+TEST_F(MicroSession, BranchingInsideTheWindowReusesAllThatIsCommon) {
   const auto session = engine_->new_session();
   session->sync(slice(0, 100));
   const uint32_t reused = session->sync(joined(slice(0, 90), slice(7000, 30)), 1);
@@ -153,7 +153,7 @@ TEST_P(MicroSession, BranchingInsideTheWindowReusesAllThatIsCommon) {
   expect_like_fresh(*session, 5);
 }
 
-TEST_P(MicroSession, CancelInPrefillLeavesTheSessionUsableAndRight) {
+TEST_F(MicroSession, CancelInPrefillLeavesTheSessionUsableAndRight) {
   const auto session = engine_->new_session();
   const Tokens prompt = slice(0, 300);
   const auto cancel_midway = [&](std::string_view, uint64_t done, uint64_t) {
@@ -171,7 +171,7 @@ TEST_P(MicroSession, CancelInPrefillLeavesTheSessionUsableAndRight) {
   expect_like_fresh(*session, 5);
 }
 
-TEST_P(MicroSession, TheContextsLastTokenCanBeUsedAndNotOneMore) {
+TEST_F(MicroSession, TheContextsLastTokenCanBeUsedAndNotOneMore) {
   const auto session = engine_->new_session();
   session->extend(slice(0, 510), 1);
   generate(*session, 2);
@@ -188,7 +188,7 @@ TEST_P(MicroSession, TheContextsLastTokenCanBeUsedAndNotOneMore) {
   EXPECT_EQ(session->tokens().size(), 512u);
 }
 
-TEST_P(MicroSession, SameSeedSameText) {
+TEST_F(MicroSession, SameSeedSameText) {
   const auto draw = [&](uint64_t seed) {
     const auto session = engine_->new_session();
     backend::SamplingParams params = engine_->default_sampling();
@@ -202,7 +202,7 @@ TEST_P(MicroSession, SameSeedSameText) {
   EXPECT_NE(draw(12), first);
 }
 
-TEST_P(MicroSession, KvMemoryStaysWithinWhatWasComputed) {
+TEST_F(MicroSession, KvMemoryStaysWithinWhatWasComputed) {
   const uint64_t most =
       3 * engine::memory_needs(engine_->plan(), backend::KvFormat::kF32, 512, 48).kv_bytes;
   std::vector<std::unique_ptr<Session>> sessions;
@@ -212,9 +212,6 @@ TEST_P(MicroSession, KvMemoryStaysWithinWhatWasComputed) {
   }
   EXPECT_LE(engine_->backend().memory().kv_bytes, most);
 }
-
-INSTANTIATE_TEST_SUITE_P(Backends, MicroSession, ::testing::Values("cpu", "reference"),
-                         [](const auto& info) { return info.param; });
 
 TEST(EngineOpen, UnknownAndAbsentBackendsAreNamedWithWhatThereIs) {
   const auto refusal = [](const EngineOptions& options, ErrorCode code) -> std::string {
