@@ -50,7 +50,7 @@ Tokens generate(Session& session, size_t count) {
 
 // To the last bit where the kernels sum each row alike whatever the batch; where they may not, each
 // logit, below 30 by its softcap, is off by some 50 roundings of half an ulp.
-constexpr float kRounding = 0;
+constexpr float kRounding = 50 * 30 * 0x1p-24f;
 
 void expect_same_logits(const Session& a, const Session& b) {
   ASSERT_EQ(a.logits().size(), b.logits().size());
