@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <map>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -22,6 +22,7 @@
 #include "cpu/elementwise/elementwise.h"
 #include "cpu/isa.h"
 #include "cpu/linear/linear.h"
+#include "cpu/processor.h"
 
 namespace nibble::cpu {
 namespace {
@@ -33,17 +34,6 @@ constexpr size_t kFloatsPerChunk = 4096;
 
 const float* data_or_null(const std::vector<float>& values) {
   return values.empty() ? nullptr : values.data();
-}
-
-std::string processor_name() {
-  std::ifstream file("/proc/cpuinfo");
-  std::string line;
-  while (std::getline(file, line)) {
-    if (!line.starts_with("model name")) continue;
-    const size_t colon = line.find(": ");
-    if (colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "processor";
 }
 
 // Cosines and sines of the batch's positions, for all layers that turn alike.

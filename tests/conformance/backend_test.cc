@@ -1,0 +1,256 @@
+// The CPU backend as a whole: against the reference, which computes every step in doubles, on real
+// weights; and against itself, since neither chunks nor company may change a bit.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/error.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/isa.h"
+#include "gguf/gguf_file.h"
+#include "model/model.h"
+#include "reference/reference_backend.h"
+#include "support/fixtures.h"
+
+namespace nibble {
+namespace {
+
+using namespace backend;
+
+constexpr uint32_t kUbatch = 512;
+
+struct Model {
+  explicit Model(const char* name)
+      : file(gguf::GgufFile::open(test::fixture(std::string("models/") + name))),
+        plan(model::build_plan(file)) {
+    for (int32_t id : test::read_i32(test::fixture("golden/micro.heldout_text.tokens.i32"))) {
+      tokens.push_back({id});
+    }
+  }
+  BackendOptions options(KvFormat format) const {
+    return {.kv_format = format,
+            .ubatch = kUbatch,
+            .threads = 0,
+            .device = 0,
+            .max_kv_pages = std::vector<uint32_t>(make_kv_groups(plan, format).size(), 200)};
+  }
+
+  const gguf::GgufFile file;
+  const Plan plan;
+  std::vector<TokenId> tokens;  // English text
+};
+
+// Runs `tokens` behind what the sequence holds, `chunk` at a time, and returns all their logits.
+std::vector<float> prefill(Backend& backend, KvSequence& kv, std::span<const TokenId> tokens,
+                           size_t chunk) {
+  std::vector<float> logits;
+  for (; !tokens.empty(); tokens = tokens.subspan(std::min(chunk, tokens.size()))) {
+    const std::span part = tokens.first(std::min(chunk, tokens.size()));
+    const uint32_t count = uint32_t(part.size());
+    kv.prepare(count);
+    const BatchSequence sequence{part, &kv, count, {}};
+    BatchResult result;
+    backend.run({.sequences = std::span(&sequence, 1), .stop = {}, .observe = {}}, result);
+    kv.commit(count);
+    logits.insert(logits.end(), result.logits.begin(), result.logits.end());
+  }
+  return logits;
+}
+
+std::vector<float> prefill_fresh(Backend& backend, std::span<const TokenId> tokens, size_t chunk) {
+  KvSequence kv(backend.kv());
+  return prefill(backend, kv, tokens, chunk);
+}
+
+// Root mean square of the difference, relative to that of the values.
+double relative_error(std::span<const float> values, std::span<const float> expected) {
+  EXPECT_EQ(values.size(), expected.size());
+  double error = 0, magnitude = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error += std::pow(double(values[i]) - expected[i], 2);
+    magnitude += std::pow(double(expected[i]), 2);
+  }
+  return std::sqrt(error / magnitude);
+}
+
+size_t matrices_on_the_way(const Plan& plan) {
+  size_t count = 0;
+  for (const Step& step : plan.steps) {
+    if (std::holds_alternative<NormQkvStep>(step) || std::holds_alternative<ProjectStep>(step) ||
+        std::holds_alternative<LogitsStep>(step)) {
+      count += 1;
+    } else if (std::holds_alternative<GatedMlpStep>(step)) {
+      count += 2;
+    }
+  }
+  return count;
+}
+
+// Forces an instruction set while it lives.
+class ForcedIsa {
+ public:
+  explicit ForcedIsa(std::string_view name) { setenv("NIBBLE_ISA", std::string(name).c_str(), 1); }
+  ~ForcedIsa() { unsetenv("NIBBLE_ISA"); }
+};
+
+struct ReferenceCase {
+  const char* file;
+  KvFormat format;
+  double error_per_matrix;  // relative, root mean square
+};
+
+// What one matrix adds. Floats: sqrt(n) roundings of 2^-24 in sums of n <= 512 products. 8 bits
+// with a scale per 32 values: steps of max / 127, and so errors of step / sqrt(12), where the
+// largest of 32 normal values is about 2.1 standard deviations; the largest of skewed activations
+// are further out, twice as far.
+const double kFloats = std::sqrt(512) * 0x1p-24;
+const double kEightBits = 2 * 2.1 / 127 / std::sqrt(12);
+// Halves as keys and values round by 2^-11 at most, which reaches the result through scores of
+// some tens.
+const double kHalfKeys = 16 * 0x1p-11;
+
+const ReferenceCase kReferenceCases[] = {
+    {"micro-gemma4-f16.gguf", KvFormat::kF32, kFloats},
+    {"micro-gemma4-f16.gguf", KvFormat::kF16, kFloats},
+    {"wide-gemma4-Q4_K_M.gguf", KvFormat::kF32, kEightBits},
+    {"micro-gemma4-Q8_0.gguf", KvFormat::kF16, kEightBits},
+};
+
+class AgainstReference : public testing::TestWithParam<ReferenceCase> {};
+
+INSTANTIATE_TEST_SUITE_P(, AgainstReference, testing::ValuesIn(kReferenceCases),
+                         [](const auto& info) {
+                           std::string name = std::string(info.param.file) + "_" +
+                                              std::string(to_string(info.param.format));
+                           std::ranges::replace_if(
+                               name, [](char c) { return !std::isalnum(c); }, '_');
+                           return name;
+                         });
+
+TEST_P(AgainstReference, LogitsOfEveryPositionOnEveryIsa) {
+  const Model model(GetParam().file);
+  const std::span tokens = std::span(model.tokens).first(200);  // past the window of 128
+  const auto reference =
+      reference::make_reference_backend(model.plan, model.options(GetParam().format));
+  const std::vector<float> expected = prefill_fresh(*reference, tokens, kUbatch);
+  // Errors of different matrices are independent, and no norm makes more of them than it makes of
+  // the values; a factor of 2 covers that the last ones weigh more.
+  double tolerance =
+      2 * GetParam().error_per_matrix * std::sqrt(double(matrices_on_the_way(model.plan)));
+  // Keys that round differently: an f16 tie decided by the last bit of a float.
+  if (GetParam().format == KvFormat::kF16) tolerance = std::max(tolerance, 0.02 * kHalfKeys);
+  for (cpu::Isa isa : cpu::available_isas()) {
+    const ForcedIsa forced(cpu::isa_name(isa));
+    const auto backend = cpu::make_cpu_backend(model.plan, model.options(GetParam().format));
+    EXPECT_NE(backend->description().find(cpu::isa_name(isa)), std::string::npos);
+    const double error = relative_error(prefill_fresh(*backend, tokens, kUbatch), expected);
+    EXPECT_LE(error, tolerance) << cpu::isa_name(isa);
+    RecordProperty(std::string(cpu::isa_name(isa)), std::to_string(error));
+  }
+}
+
+class CpuBackendTest : public testing::TestWithParam<const char*> {
+ protected:
+  const Model model_{GetParam()};
+  const std::unique_ptr<Backend> backend_ =
+      cpu::make_cpu_backend(model_.plan, model_.options(KvFormat::kF16));
+  std::span<const TokenId> tokens_ = std::span<const TokenId>(model_.tokens).first(560);
+};
+
+INSTANTIATE_TEST_SUITE_P(, CpuBackendTest,
+                         testing::Values("micro-gemma4-f16.gguf", "wide-gemma4-Q4_K_M.gguf"),
+                         [](const auto& info) { return std::string(info.param, 4); });
+
+TEST_P(CpuBackendTest, ChunksChangeNoBit) {
+  const std::vector<float> expected = prefill_fresh(*backend_, tokens_, 512);
+  for (size_t chunk : {1, 7, 64}) {
+    EXPECT_TRUE(prefill_fresh(*backend_, tokens_, chunk) == expected) << "chunks of " << chunk;
+  }
+}
+
+TEST_P(CpuBackendTest, CompanyChangesNoBit) {
+  const std::span first = tokens_.first(150), second = tokens_.subspan(150, 40);
+  const std::span third = tokens_.subspan(300, 33);
+  std::vector<float> expected;
+  for (std::span<const TokenId> tokens : {first, second, third}) {
+    const std::vector<float> logits = prefill_fresh(*backend_, tokens, 512);
+    expected.insert(expected.end(), logits.end() - model_.plan.vocabulary, logits.end());
+  }
+  // The first is in the middle of decoding, the others are prefilled.
+  KvSequence a(backend_->kv()), b(backend_->kv()), c(backend_->kv());
+  prefill(*backend_, a, first.first(149), 512);
+  a.prepare(1);
+  b.prepare(uint32_t(second.size()));
+  c.prepare(uint32_t(third.size()));
+  const BatchSequence batch[] = {
+      {first.last(1), &a, 1, {}}, {second, &b, 1, {}}, {third, &c, 1, {}}};
+  BatchResult result;
+  backend_->run({.sequences = batch, .stop = {}, .observe = {}}, result);
+  EXPECT_TRUE(result.logits == expected);
+}
+
+TEST_P(CpuBackendTest, SamplesBesideLogits) {
+  SamplingParams greedy;
+  greedy.temperature = 0;
+  const std::span tokens = tokens_.first(20);
+  const std::vector<float> logits = prefill_fresh(*backend_, tokens, 512);
+  const size_t vocabulary = model_.plan.vocabulary;
+  const auto last = logits.end() - long(vocabulary);
+  const TokenId expected{int32_t(std::max_element(last, logits.end()) - last)};
+
+  KvSequence a(backend_->kv()), b(backend_->kv()), c(backend_->kv());
+  for (KvSequence* kv : {&a, &b, &c}) kv->prepare(uint32_t(tokens.size()));
+  const SampleRequest request{&greedy, tokens.size(), {}};
+  const BatchSequence batch[] = {
+      {tokens, &a, 0, request}, {tokens, &b, 3, request}, {tokens, &c, 1, {}}};
+  BatchResult result;
+  backend_->run({.sequences = batch, .stop = {}, .observe = {}}, result);
+  EXPECT_EQ(result.sampled, std::vector<TokenId>(2, expected));
+  ASSERT_EQ(result.logits.size(), 4 * vocabulary);
+  EXPECT_TRUE(std::equal(result.logits.begin(), result.logits.end() - long(vocabulary),
+                         logits.end() - 3 * long(vocabulary)));
+  EXPECT_TRUE(std::equal(last, logits.end(), result.logits.end() - long(vocabulary)));
+}
+
+TEST_P(CpuBackendTest, StoppedBatchLeavesWhatWasCommitted) {
+  const std::span begin = tokens_.first(100), rest = tokens_.subspan(100, 60);
+  KvSequence undisturbed(backend_->kv()), kv(backend_->kv());
+  prefill(*backend_, undisturbed, begin, 512);
+  prefill(*backend_, kv, begin, 512);
+  const std::vector<float> expected = prefill(*backend_, undisturbed, rest, 512);
+
+  kv.prepare(uint32_t(rest.size()));
+  const BatchSequence sequence{rest, &kv, 1, {}};
+  BatchResult result;
+  size_t asked = 0;
+  const auto stop = [&] { return ++asked > model_.plan.steps.size() / 2; };
+  try {
+    backend_->run({.sequences = std::span(&sequence, 1), .stop = stop, .observe = {}}, result);
+    FAIL() << "went on";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kCancelled);
+  }
+  EXPECT_EQ(kv.length(), begin.size());
+  EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+}
+
+TEST_P(CpuBackendTest, WeightsAreTheFilesOwnAndPagesAreTakenWhenNeeded) {
+  EXPECT_EQ(backend_->memory().weights_bytes, model_.plan.weight_bytes());
+  EXPECT_EQ(backend_->memory().kv_bytes, 0u);
+  KvSequence kv(backend_->kv());
+  prefill(*backend_, kv, tokens_.first(33), 512);
+  uint64_t two_pages_each = 0;
+  for (const KvGroup& group : backend_->kv().groups()) two_pages_each += 2 * group.page_bytes;
+  EXPECT_EQ(backend_->memory().kv_bytes, two_pages_each);
+}
+
+}  // namespace
+}  // namespace nibble
