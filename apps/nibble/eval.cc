@@ -261,10 +261,10 @@ void add_eval(CLI::App& app) {
   command->add_option("--against", options->against, "Compare with another model file")
       ->type_name("MODEL");
   command->add_option("--against-backend", options->against_backend, "Compare with another backend")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}))
+      ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}).description(""))
       ->type_name("NAME");
   command->add_option("--against-kv", options->against_kv, "Compare with another KV cache format")
-      ->check(CLI::IsMember({"f32", "f16"}))
+      ->check(CLI::IsMember({"f32", "f16"}).description(""))
       ->type_name("FORMAT");
   command->add_flag("--json", options->json, "Print JSON");
   command->footer(

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
 #include <cstdio>
 #include <random>
 
@@ -12,16 +13,21 @@
 namespace nibble::app {
 namespace {
 
-std::pair<TokenId, float> parse_bias(const std::string& text) {
+// "525=-2.5"
+std::optional<std::pair<TokenId, float>> parse_bias(const std::string& text) {
   const size_t equals = text.find('=');
   TokenId token;
   float bias;
   if (equals == std::string::npos ||
       !CLI::detail::lexical_cast(text.substr(0, equals), token.value) ||
-      !CLI::detail::lexical_cast(text.substr(equals + 1), bias)) {
-    throw CLI::ValidationError("--logit-bias", text + " is not ID=BIAS, as in 525=-2.5");
+      !CLI::detail::lexical_cast(text.substr(equals + 1), bias) || !std::isfinite(bias)) {
+    return std::nullopt;
   }
-  return {token, bias};
+  return std::pair(token, bias);
+}
+
+std::string check_bias(const std::string& text) {
+  return parse_bias(text) ? "" : text + " is not ID=BIAS, as in 525=-2.5";
 }
 
 uint64_t random_seed() {
@@ -49,6 +55,7 @@ void SamplingOptions::add_to(CLI::App& command) {
       1e6);
   command.add_option("--logit-bias", logit_bias, "Added to one token's logit; may be repeated")
       ->allow_extra_args(false)
+      ->check(CLI::Validator(check_bias, ""))
       ->type_name("ID=BIAS")
       ->group(group);
   command.add_option("--seed", seed, "Same seed, same text; left out: a new one each time")
@@ -65,7 +72,7 @@ backend::SamplingParams SamplingOptions::resolve(const engine::Engine& engine) c
   params.repetition_penalty = repeat_penalty.value_or(params.repetition_penalty);
   params.presence_penalty = presence_penalty.value_or(params.presence_penalty);
   params.frequency_penalty = frequency_penalty.value_or(params.frequency_penalty);
-  for (const std::string& bias : logit_bias) params.logit_bias.push_back(parse_bias(bias));
+  for (const std::string& bias : logit_bias) params.logit_bias.push_back(*parse_bias(bias));
   params.seed = seed ? *seed : random_seed();
   params.validate(engine.plan().vocabulary);
   return params;

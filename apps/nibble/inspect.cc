@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <set>
@@ -23,31 +24,38 @@ namespace {
 constexpr uint32_t kUbatch = 512;  // the engine's default
 constexpr size_t kShownElements = 8;
 
-// "<array of 8192 string>" and its first elements; other values as they are.
+// The double that prints with the fewest digits that give `value` back: 1e-6, not 9.99999997e-07.
+double shortest(float value) {
+  return std::isfinite(value) ? std::stod(fmt::format("{}", value)) : value;
+}
+
+boost::json::value plain_to_json(const gguf::Metadata& metadata) {
+  if (const auto* text = std::get_if<std::string_view>(&metadata.value)) {
+    return boost::json::string(printable(*text));
+  }
+  if (const auto* real = std::get_if<double>(&metadata.value)) {
+    return metadata.type == gguf::ValueType::kFloat32 ? shortest(float(*real)) : *real;
+  }
+  if (const auto* truth = std::get_if<bool>(&metadata.value)) return *truth;
+  if (const auto* number = std::get_if<int64_t>(&metadata.value)) return *number;
+  return std::get<uint64_t>(metadata.value);
+}
+
+// Of arrays: element type, count and the first elements. Other values as they are.
 boost::json::value to_json(const gguf::GgufFile& file, const gguf::Metadata& metadata) {
   const auto* array = std::get_if<gguf::Array>(&metadata.value);
-  if (array == nullptr) {
-    return std::visit(
-        [](const auto& value) -> boost::json::value {
-          using T = std::decay_t<decltype(value)>;
-          if constexpr (std::is_same_v<T, std::string_view>) {
-            return boost::json::string(printable(value));
-          } else if constexpr (std::is_same_v<T, gguf::Array>) {
-            return nullptr;
-          } else {
-            return value;
-          }
-        },
-        metadata.value);
-  }
+  if (array == nullptr) return plain_to_json(metadata);
 
   boost::json::array first;
   const auto add = [&](const auto& elements) {
     for (size_t i = 0; i < std::min(elements->size(), kShownElements); ++i) {
-      if constexpr (std::is_same_v<decltype(elements->at(i)), const std::string_view&>) {
+      using Element = std::decay_t<decltype((*elements)[i])>;
+      if constexpr (std::is_same_v<Element, std::string_view>) {
         first.emplace_back(printable((*elements)[i]));
-      } else if constexpr (std::is_same_v<decltype(elements->at(i)), const float&>) {
-        first.emplace_back(double((*elements)[i]));
+      } else if constexpr (std::is_same_v<Element, float>) {
+        first.emplace_back(shortest((*elements)[i]));
+      } else if constexpr (std::is_same_v<Element, std::vector<bool>::reference>) {
+        first.emplace_back(bool((*elements)[i]));
       } else {
         first.emplace_back((*elements)[i]);
       }

@@ -9,6 +9,16 @@
 
 namespace {
 
+// Options by their names and what they take, without CLI11's notes on what excludes what.
+class PlainFormatter : public CLI::Formatter {
+ public:
+  PlainFormatter() { column_width(30); }
+  std::string make_option_opts(const CLI::Option* option) const override {
+    const std::string type = option->get_type_name();
+    return option->get_positional() || type.empty() ? "" : " " + type;
+  }
+};
+
 constexpr int kFailed = 1;
 constexpr int kUsage = 2;
 
@@ -28,7 +38,7 @@ int run(int argc, char** argv) {
       "`nibble COMMAND --help` tells more. Exit codes: 0 done, 1 failed, 2 wrong command line.");
   app.set_version_flag("--version", "nibble " NIBBLE_COMMIT);
   app.require_subcommand(1);
-  app.get_formatter()->column_width(30);
+  app.formatter(std::make_shared<PlainFormatter>());
   nibble::app::add_run(app);
   nibble::app::add_chat(app);
   nibble::app::add_eval(app);

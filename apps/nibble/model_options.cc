@@ -71,18 +71,18 @@ void ModelOptions::add_to(CLI::App& command) {
   command
       .add_option("--backend", backend,
                   "What runs the model: auto, cpu, reference (plain and slow)")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}))
+      ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}).description(""))
       ->type_name("NAME")
       ->group(kGroup);
   command.add_option("--device", device, "Which device of that backend")
       ->type_name("N")
       ->group(kGroup);
   command.add_option("--weights", weights, "Layout of the weights: auto, direct (as in the file)")
-      ->check(CLI::IsMember({"auto", "direct"}))
+      ->check(CLI::IsMember({"auto", "direct"}).description(""))
       ->type_name("LAYOUT")
       ->group(kGroup);
   command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f32, f16")
-      ->check(CLI::IsMember({"auto", "f32", "f16"}))
+      ->check(CLI::IsMember({"auto", "f32", "f16"}).description(""))
       ->type_name("FORMAT")
       ->group(kGroup);
   command.add_option("--threads", threads, "Threads; left out: one per core")
