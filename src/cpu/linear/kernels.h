@@ -57,7 +57,8 @@ struct TileJob {
   const ActivationGroup* quantized;  // [activation_rows, columns / 32]
   const float* activations;          // [activation_rows, columns]
 
-  const std::byte* next_weights;  // what this thread reads after this tile, as many bytes, or null
+  // The next tile's, fetched ahead; where none of as many bytes follows, this one's again.
+  const std::byte* next_weights;
   TileScratch* scratch;
   float* sums;  // [activation_rows, tile_rows], 64-byte aligned
 };

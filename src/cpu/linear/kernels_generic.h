@@ -63,9 +63,16 @@ F32 to_float(U32 v) {
 struct Rows {
   const std::byte* bytes;
   size_t stride;
+  const std::byte* next;  // what lies as far into the next tile as the chunk in its own
 };
 
+// Each call also asks for as much of the next tile, so that memory is read in one sweep although
+// the rows of a tile are read side by side.
 void load_columns(Rows rows, size_t offset, U32 (&columns)[4]) {
+  constexpr int kCacheLine = 64;
+  for (int i = 0; i < 16 * kLanes; i += kCacheLine) {
+    __builtin_prefetch(rows.next + offset * kLanes + i);
+  }
   Simd::load_columns(rows.bytes + offset, rows.stride, columns);
 }
 
@@ -317,28 +324,17 @@ void multiply_float_rows(const TileScratch& tile, int columns, const float* x, s
 
 // ---- Tiles ----
 
-// Asks for the part of the next tile that lies as far into it as this chunk in its own: so memory
-// is read in one sweep, though the rows of a tile are read side by side.
-void prefetch_next(const TileJob& job, uint32_t column, uint32_t columns) {
-  if (!job.next_weights) return;
-  constexpr size_t kCacheLine = 64;
-  const size_t tile_bytes = job.row_bytes * job.rows;
-  const size_t end = tile_bytes * (column + columns) / job.columns;
-  for (size_t at = tile_bytes * column / job.columns; at < end; at += kCacheLine) {
-    __builtin_prefetch(job.next_weights + at);
-  }
-}
-
 // A chunk's blocks: in place, or copied where there are too few rows or bytes to read it in
 // vectors.
 Rows chunk_rows(const TileJob& job, size_t offset, size_t bytes, bool readable) {
-  if (readable && job.rows == uint32_t(kLanes)) return {job.weights + offset, job.row_bytes};
+  const std::byte* next = job.next_weights + offset * kLanes;
+  if (readable && job.rows == uint32_t(kLanes)) return {job.weights + offset, job.row_bytes, next};
   TileScratch& scratch = *job.scratch;
   for (uint32_t n = 0; n < uint32_t(kLanes); ++n) {
     const uint32_t row = n < job.rows ? n : 0;  // the surplus lanes' sums are never looked at
     __builtin_memcpy(scratch.rows[n], job.weights + row * job.row_bytes + offset, bytes);
   }
-  return {scratch.rows[0], sizeof scratch.rows[0]};
+  return {scratch.rows[0], sizeof scratch.rows[0], next};
 }
 
 // Calls product.run<n>(m) for blocks of n rows from m on that cover the job's activation rows.
@@ -381,7 +377,9 @@ void multiply_quantized(const TileJob& job, uint32_t column, uint32_t columns) {
   const Rows rows = chunk_rows(job, column / Block::kValues * sizeof(Block), blocks * sizeof(Block),
                                /*readable=*/true);
   for (int block = 0; block < blocks; ++block) {
-    Format::unpack({rows.bytes + block * sizeof(Block), rows.stride}, block, *job.scratch);
+    Format::unpack({rows.bytes + block * sizeof(Block), rows.stride,
+                    rows.next + block * sizeof(Block) * kLanes},
+                   block, *job.scratch);
   }
   for_each_row_block<Simd::kActivationRows>(QuantizedProduct<Format>{job, column, columns},
                                             job.activation_rows);
@@ -398,7 +396,8 @@ void multiply_float(const TileJob& job, uint32_t column, uint32_t columns) {
 
 void multiply_dequantized(const TileJob& job, uint32_t column, uint32_t columns) {
   dequantize_chunk(job, column, columns);
-  unpack_f32({job.scratch->rows[0], sizeof job.scratch->rows[0]}, columns, *job.scratch);
+  unpack_f32({job.scratch->rows[0], sizeof job.scratch->rows[0], job.next_weights}, columns,
+             *job.scratch);
   for_each_row_block<Simd::kActivationRows>(FloatProduct{job, column, columns},
                                             job.activation_rows);
 }
@@ -434,7 +433,6 @@ void multiply(const TileJob& job) {
   for (uint32_t column = 0; column < job.columns; column += kChunkColumns) {
     const uint32_t left = job.columns - column;
     const uint32_t columns = left < kChunkColumns ? left : kChunkColumns;
-    prefetch_next(job, column, columns);
     chunk(job, column, columns);
   }
 }

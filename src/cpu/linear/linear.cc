@@ -149,8 +149,8 @@ void Linear::Workspace::run_tiles(const Weight& weight, const float* x, size_t r
       job.activation_rows = rows;
       job.quantized = activations.data();
       job.activations = x;
-      job.next_weights =
-          row + 2 * tile_rows <= segment.rows ? job.weights + tile_rows * row_bytes : nullptr;
+      const bool whole_tile_follows = row + 2 * tile_rows <= segment.rows;
+      job.next_weights = job.weights + (whole_tile_follows ? tile_rows * row_bytes : 0);
       job.scratch = scratch.data() + thread;
       job.sums = sums.data() + size_t{thread} * max_rows * kMaxTileRows;
       kernels.multiply(job);
