@@ -39,23 +39,25 @@ void pause_core() {
 #endif
 }
 
-// Returns the first value of `state` that is not `old`: spins for kSpinTime, then sleeps.
-uint32_t wait_for_change(const std::atomic<uint32_t>& state, uint32_t old) {
+// Spins until `ready()` or for kSpinTime; says which.
+template <class Ready>
+bool spin_until(const Ready& ready) {
   constexpr int kPausesPerClockRead = 16;
   const auto deadline = std::chrono::steady_clock::now() + kSpinTime;
   do {
     for (int i = 0; i < kPausesPerClockRead; ++i) {
-      const uint32_t now = state.load(std::memory_order_acquire);
-      if (now != old) return now;
+      if (ready()) return true;
       pause_core();
     }
   } while (std::chrono::steady_clock::now() < deadline);
-  state.wait(old, std::memory_order_acquire);
-  return state.load(std::memory_order_acquire);
+  return false;
 }
 
 }  // namespace
 
+// A region is a gate that workers go through while it is open. The caller closes it when no work is
+// left and waits only for those inside: a worker that the system has not let run yet, on a machine
+// busy with other things, holds nobody up.
 struct ThreadPool::Team {
   using Body = std::function<void(uint32_t)>;
 
@@ -75,38 +77,83 @@ struct ThreadPool::Team {
   ~Team() { stop(); }
 
   void stop() {
-    start_region(nullptr);
+    open(nullptr);
     for (std::thread& worker : workers) worker.join();
     workers.clear();
   }
 
-  void start_region(const Body* next) {
+  void open(const Body* next) {
     body = next;
-    busy_workers.store(uint32_t(workers.size()), std::memory_order_relaxed);
-    region.fetch_add(1, std::memory_order_release);
-    region.notify_all();
+    finished.store(0, std::memory_order_relaxed);
+    const uint64_t region = gate.load(std::memory_order_relaxed) / kRegion + 1;
+    gate.store(region * kRegion + kOpen, std::memory_order_release);
+    gate.notify_all();
   }
 
-  void work(uint32_t thread) noexcept {
-    for (uint32_t seen = 0;;) {
-      seen = wait_for_change(region, seen);
-      if (body == nullptr) return;
-      (*body)(thread);
-      if (busy_workers.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_workers.notify_one();
+  void close() {
+    gate.fetch_and(~kOpen, std::memory_order_acq_rel);
+    wait_until([this] { return gate.load(std::memory_order_acquire) % kOpen == 0; });
+  }
+
+  // By the caller, for something that workers bring about before they leave.
+  template <class Ready>
+  void wait_until(const Ready& ready) {
+    if (spin_until(ready)) return;
+    for (;;) {
+      const uint32_t seen = departures.load(std::memory_order_acquire);
+      if (ready()) return;
+      departures.wait(seen, std::memory_order_acquire);
     }
   }
 
-  void run(const Body& next) noexcept {
-    start_region(&next);
-    next(0);
-    uint32_t busy = busy_workers.load(std::memory_order_acquire);
-    while (busy != 0) busy = wait_for_change(busy_workers, busy);
+  void work(uint32_t thread) noexcept {
+    for (uint64_t last_region = 0;;) {
+      uint64_t now;
+      const auto news = [&] {
+        now = gate.load(std::memory_order_acquire);
+        return now / kRegion != last_region;
+      };
+      if (!spin_until(news)) {
+        while (!news()) gate.wait(now, std::memory_order_acquire);
+      }
+      while (now & kOpen) {
+        if (!gate.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel,
+                                        std::memory_order_acquire)) {
+          continue;
+        }
+        if (body == nullptr) return;
+        (*body)(thread);
+        finished.fetch_add(1, std::memory_order_release);
+        gate.fetch_sub(1, std::memory_order_acq_rel);
+        departures.fetch_add(1, std::memory_order_release);
+        departures.notify_one();
+        break;
+      }
+      last_region = now / kRegion;
+    }
   }
 
-  const Body* body = nullptr;  // of the current region; nullptr sends the workers home
-  // On cache lines of their own: all workers read the one while they write the other.
-  alignas(64) std::atomic<uint32_t> region{0};
-  alignas(64) std::atomic<uint32_t> busy_workers{0};
+  // Threads come as they get free; those that are late find it closed.
+  void run_with_who_comes(const Body& next) noexcept {
+    open(&next);
+    next(0);
+    close();
+  }
+
+  void run_with_all(const Body& next) noexcept {
+    open(&next);
+    next(0);
+    wait_until([this] { return finished.load(std::memory_order_acquire) == workers.size(); });
+    close();
+  }
+
+  // The gate's word: the region's number, whether it is open, how many workers are inside.
+  static constexpr uint64_t kOpen = uint64_t{1} << 31;
+  static constexpr uint64_t kRegion = uint64_t{1} << 32;
+  alignas(64) std::atomic<uint64_t> gate{0};
+  const Body* body = nullptr;  // nullptr sends the workers home
+  alignas(64) std::atomic<uint32_t> finished{0};
+  std::atomic<uint32_t> departures{0};
   std::vector<std::thread> workers;
 };
 
@@ -126,7 +173,7 @@ uint32_t ThreadPool::size() const {
 }
 
 void ThreadPool::run(const std::function<void(uint32_t)>& body) {
-  team_->run(body);
+  team_->run_with_all(body);
 }
 
 void ThreadPool::for_each_chunk(size_t items, size_t grain,
@@ -144,7 +191,7 @@ void ThreadPool::for_each_chunk(size_t items, size_t grain,
   if (chunks <= 1) {
     take_chunks(0);  // not worth waking anybody
   } else {
-    team_->run(take_chunks);
+    team_->run_with_who_comes(take_chunks);
   }
 }
 

@@ -26,6 +26,7 @@ class ThreadPool {
 
   // Splits [0, items) into chunks of `grain` that threads take as they get free, and calls
   // body(begin, end, thread) for each. Use `grain` to keep a chunk worth its hand-over (~1 us).
+  // Returns when all chunks are done, also when some threads never got to run.
   void for_each_chunk(size_t items, size_t grain,
                       const std::function<void(size_t begin, size_t end, uint32_t thread)>& body);
 
