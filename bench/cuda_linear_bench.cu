@@ -181,20 +181,22 @@ int multiprocessors() {
 
 // Launches with or without programmatic dependent launch.
 template <class First, class Second, int kWarps, int kStages>
-bool launch(cudaStream_t stream, FewRowsArgs args, bool dependent) {
+bool launch(cudaStream_t stream, FewRowsArgs args, uint32_t slots, bool dependent) {
   constexpr size_t kLargest = std::max(sizeof(First), sizeof(Second));
   const FewRowsShared shared(kWarps * kStages * kLargest, kWarps, kStages, args.column_tiles,
                              args.rows);
   const auto kernel = few_rows_kernel<First, Second, kWarps, kStages>;
-  if (shared.bytes > 227 * 1024) return false;
+  // One block a multiprocessor must not share it with the next kernel's: blocks would pile up.
+  const uint32_t bytes = slots == 1 ? std::max(shared.bytes, 116u << 10) : shared.bytes;
+  if (bytes > (slots == 1 ? 227u << 10 : 113u << 10)) return false;
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(shared.bytes)));
+                                  int(bytes)));
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   const uint32_t row_tiles = (args.weights[0].rows + kTileRows - 1) / kTileRows;
-  config.gridDim = std::min<uint32_t>(multiprocessors(), row_tiles);
+  config.gridDim = std::min<uint32_t>(slots * multiprocessors(), row_tiles);
   args.first_layout_blocks = config.gridDim.x;
   if constexpr (!std::is_same_v<Second, NoLayout>) {
     const double first = double(args.weights[0].rows) * sizeof(First);
@@ -202,7 +204,7 @@ bool launch(cudaStream_t stream, FewRowsArgs args, bool dependent) {
     args.first_layout_blocks = uint32_t(std::lround(config.gridDim.x * first / (first + second)));
   }
   config.blockDim = kWarps * kLanes;
-  config.dynamicSmemBytes = shared.bytes;
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
@@ -269,25 +271,31 @@ double relative_error(const Matrix<Layout>& matrix, const Activations& activatio
   return std::sqrt(difference / magnitude);
 }
 
+struct Shape {
+  const char* name;
+  uint32_t rows, columns;
+};
+
 template <class Layout, int kWarps, int kStages>
-void measure(const char* shape, const char* layout, const Matrix<Layout>& matrix, uint32_t rows) {
+void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows, uint32_t slots,
+             uint32_t prefetch_tiles) {
   const Activations activations(rows, matrix.columns);
   float* output;
   const size_t outputs = size_t(2) * rows * matrix.rows;
   CUDA_CHECK(cudaMalloc(&output, outputs * 4));
-  CUDA_CHECK(cudaMemset(output, 0xff, outputs * 4));
+  CUDA_CHECK(cudaMemset(output, 0xff, outputs * 4));  // NaN where nothing is written
   FewRowsArgs args = {};
   args.weights[0] = {matrix.copies[0], matrix.rows, 0};
   args.column_tiles = matrix.columns / kTileColumns;
   args.rows = rows;
+  args.prefetch_tiles = prefetch_tiles;
   args.activations = activations.device_values;
   args.means = activations.device_means;
   args.output = output;
   args.output_stride = matrix.rows;
 
-  if (!launch<Layout, NoLayout, kWarps, kStages>(nullptr, args, false)) {
-    std::printf("%-10s %-5s %2dx%-2d rows %u: too much shared memory\n", shape, layout, kWarps,
-                kStages, rows);
+  const std::string type(sizeof(Layout) == sizeof(CudaQ6Tiled) ? "Q6_K" : sizeof(Layout) == sizeof(CudaQ4Tiled) ? "Q4_K/Q4_0" : "other");
+  if (!launch<Layout, NoLayout, kWarps, kStages>(nullptr, args, slots, false)) {
     CUDA_CHECK(cudaFree(output));
     return;
   }
@@ -296,23 +304,17 @@ void measure(const char* shape, const char* layout, const Matrix<Layout>& matrix
   CUDA_CHECK(cudaMemcpy(result.data(), output, outputs * 4, cudaMemcpyDeviceToHost));
   const double error = relative_error(matrix, activations, result);
 
-  double us[2];
-  for (const bool dependent : {false, true}) {
-    const int launches = std::max<int>(20, 2 * int(matrix.copies.size()));
-    us[dependent] = time_graph(launches, [&](cudaStream_t stream, int i) {
-      args.weights[0].tiles = matrix.copies[i % matrix.copies.size()];
-      launch<Layout, NoLayout, kWarps, kStages>(stream, args, dependent);
-    });
-  }
+  const int launches = std::max<int>(24, 2 * int(matrix.copies.size()));
+  const double us = time_graph(launches, [&](cudaStream_t stream, int i) {
+    args.weights[0].tiles = matrix.copies[i % matrix.copies.size()];
+    launch<Layout, NoLayout, kWarps, kStages>(stream, args, slots, true);
+  });
   // Bytes that must move: weights, activations once, both parts of the result.
-  const double bytes = double(matrix.bytes()) + double(rows) * (matrix.columns * 2 + matrix.rows * 8);
-  const FewRowsShared shared(kWarps * kStages * sizeof(Layout), kWarps, kStages,
-                             args.column_tiles, rows);
-  std::printf("%-10s %-5s %2dx%-2d %3u KB rows %u  plain %8.2f us %5.0f GB/s %5.1f %%   dependent "
-              "%8.2f us %5.0f GB/s %5.1f %%   error %.1e%s\n",
-              shape, layout, kWarps, kStages, shared.bytes / 1024, rows, us[0],
-              bytes / us[0] / 1e3, bytes / us[0] / 10 / kPeakGbPerS, us[1], bytes / us[1] / 1e3,
-              bytes / us[1] / 10 / kPeakGbPerS, error,
+  const double bytes =
+      double(matrix.bytes()) + double(rows) * (matrix.columns * 2 + matrix.rows * 8);
+  std::printf("%-9s %-9s rows %u  %2dx%d x%u +%u  %8.2f us %5.0f GB/s %5.1f %%  error %.1e%s\n",
+              shape.name, type.c_str(), rows, kWarps, kStages, slots, prefetch_tiles, us,
+              bytes / us / 1e3, bytes / us / 10 / kPeakGbPerS, error,
               error < 1e-3 ? "" : "  WRONG");
   std::fflush(stdout);
   CUDA_CHECK(cudaFree(output));
@@ -320,31 +322,22 @@ void measure(const char* shape, const char* layout, const Matrix<Layout>& matrix
 
 constexpr size_t kRotate = size_t(600) << 20;
 
-struct Shape {
-  const char* name;
-  uint32_t rows, columns;
-};
-
 template <class Layout>
-void run_shape(const Shape& shape, const char* layout, bool sweep) {
+void sweep(const Shape& shape) {
   const Matrix<Layout> matrix(shape.rows, shape.columns, kRotate);
-  constexpr bool kSix = std::is_same_v<Layout, CudaQ6Tiled>;
-  measure<Layout, 8, 3>(shape.name, layout, matrix, 1);
-  measure<Layout, 8, kSix ? 4 : 5>(shape.name, layout, matrix, 1);
-  if (sweep) {
-    measure<Layout, 8, 2>(shape.name, layout, matrix, 1);
-    measure<Layout, 4, kSix ? 7 : 10>(shape.name, layout, matrix, 1);
-    measure<Layout, 16, 2>(shape.name, layout, matrix, 1);
-    measure<Layout, 16, kSix ? 3 : 4>(shape.name, layout, matrix, 1);
+  for (const uint32_t prefetch : {0, 1, 2, 3}) {
+    measure<Layout, 8, 2>(shape, matrix, 1, 2, prefetch);
+    measure<Layout, 8, 3>(shape, matrix, 1, 2, prefetch);
+    measure<Layout, 16, 2>(shape, matrix, 1, 1, prefetch);
+    measure<Layout, 16, 3>(shape, matrix, 1, 1, prefetch);
+    measure<Layout, 12, 2>(shape, matrix, 1, 1, prefetch);
+    measure<Layout, 12, 3>(shape, matrix, 1, 1, prefetch);
   }
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const auto has = [&](const char* flag) {
-    return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, flag); });
-  };
+int main() {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
     std::printf("no CUDA device: nothing to measure\n");
@@ -352,22 +345,23 @@ int main(int argc, char** argv) {
   }
   std::printf("device: %s, %d multiprocessors, %d MB L2; 100 %% = %.0f GB/s\n", properties.name,
               properties.multiProcessorCount, properties.l2CacheSize >> 20, kPeakGbPerS);
-  const bool sweep = has("--sweep");
-  run_shape<CudaQ4Tiled>({"gate+up", 43008, 5376}, "Q4_K", sweep);
-  run_shape<CudaQ4Tiled>({"down", 5376, 21504}, "Q4_K", sweep);
-  run_shape<CudaQ6Tiled>({"down", 5376, 21504}, "Q6_K", sweep);
-  run_shape<CudaQ6Tiled>({"head", 262144, 5376}, "Q6_K", sweep);
-  run_shape<CudaQ4Tiled>({"qkv slide", 16384, 5376}, "Q4_K", sweep);
-  run_shape<CudaQ4Tiled>({"qk full", 18432, 5376}, "Q4_K", sweep);
-  run_shape<CudaQ4Tiled>({"o slide", 5376, 8192}, "Q4_K", sweep);
-  run_shape<CudaQ4Tiled>({"o full", 5376, 16384}, "Q4_K", sweep);
+  sweep<CudaQ4Tiled>({"gate+up", 43008, 5376});
+  sweep<CudaQ4Tiled>({"down", 5376, 21504});
+  sweep<CudaQ6Tiled>({"down", 5376, 21504});
+  sweep<CudaQ6Tiled>({"head", 262144, 5376});
+  sweep<CudaQ4Tiled>({"qkv slide", 16384, 5376});
+  sweep<CudaQ4Tiled>({"qk full", 18432, 5376});
+  sweep<CudaQ4Tiled>({"o slide", 5376, 8192});
+  sweep<CudaQ4Tiled>({"o full", 5376, 16384});
   {
+    const Shape shape{"gate+up", 43008, 5376};
     const Matrix<CudaQ4Tiled> matrix(43008, 5376, kRotate);
-    for (const uint32_t rows : {2, 3, 4, 8}) measure<CudaQ4Tiled, 8, 3>("gate+up", "Q4_K", matrix, rows);
+    for (const uint32_t rows : {1, 2, 3, 4, 8}) measure<CudaQ4Tiled, 16, 2>(shape, matrix, rows, 1, 2);
   }
   const auto check = [&]<class Layout>(Layout*, const char* name) {
+    const Shape shape{name, 5000, 2048};
     const Matrix<Layout> matrix(5000, 2048, 1);
-    for (const uint32_t rows : {1, 5, 8}) measure<Layout, 4, 3>("check", name, matrix, rows);
+    for (const uint32_t rows : {1, 5, 8}) measure<Layout, 4, 3>(shape, matrix, rows, 1, 0);
   };
   check(static_cast<CudaQ5Tiled*>(nullptr), "Q5_K");
   check(static_cast<CudaQ8Tiled*>(nullptr), "Q8_0");

@@ -68,13 +68,6 @@ class TileRing {
 #endif
 };
 
-// A row tile's sums, as far as one warp has them.
-struct PartialTile {
-  uint32_t row_tile;
-  float sums[kMostRows][kTileRows];
-};
-inline constexpr uint32_t kNoTile = UINT32_MAX;
-
 // Dynamic shared memory, in this order.
 struct FewRowsShared {
   uint32_t activations, means, partials, barriers, bytes;  // offsets; the ring is at 0
@@ -84,7 +77,7 @@ struct FewRowsShared {
       : activations(ring_bytes),
         means(activations + column_tiles * rows * kTileColumns * 2),
         partials(means + column_tiles * rows * uint32_t(sizeof(ActivationMeans))),
-        barriers((partials + warps * 2 * uint32_t(sizeof(PartialTile)) + 7) / 8 * 8),
+        barriers(partials + warps * kLanes * uint32_t(sizeof(float4))),
         bytes(barriers + (warps * stages + 1) * 8) {}
 };
 
@@ -112,49 +105,44 @@ __device__ inline void load_activations(const FewRowsArgs& args, char* shared,
 #endif
 }
 
-// One output of both parts; `part` gets the value and the other one zero.
-__device__ __forceinline__ void store_output(const FewRowsArgs& args, const PackedRows& weights,
-                                             uint32_t row_tile, uint32_t tile_row, uint32_t row,
-                                             float value, bool whole, uint32_t part) {
-  const uint32_t weight_row = row_tile * kTileRows + tile_row;
-  if (weight_row >= weights.rows || row >= args.rows) return;
-  float* output = args.output + uint64_t(row) * args.output_stride + weights.first_output +
-                  weight_row;
+// Which of the result's two parts a sum belongs to. kWhole is the first, with zero for the second.
+enum class Part { kFirst, kSecond, kWhole };
+
+// Stores a lane's sums: of rows g and g + 8 of the tile, for activation rows 2t and 2t + 1.
+__device__ __forceinline__ void store_sums(const FewRowsArgs& args, const PackedRows& weights,
+                                           uint32_t row_tile, uint32_t lane, float4 sums,
+                                           Part part) {
+  const uint32_t weight_row = row_tile * kTileRows + lane / 4, row = lane % 4 * 2;
   const uint64_t second = uint64_t(args.rows) * args.output_stride;
-  if (whole) {
-    output[0] = value;
-    output[second] = 0;
-  } else {
-    output[part * second] = value;
+  float* const output = args.output + uint64_t(row) * args.output_stride + weights.first_output +
+                        weight_row + (part == Part::kSecond ? second : 0);
+  const float values[2][2] = {{sums.x, sums.y}, {sums.z, sums.w}};
+#pragma unroll
+  for (uint32_t half = 0; half < 2; ++half) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      if (weight_row + 8 * half >= weights.rows || row + i >= args.rows) continue;
+      float* const to = output + i * uint64_t(args.output_stride) + 8 * half;
+      *to = values[half][i];
+      if (part == Part::kWhole) to[second] = 0;
+    }
   }
 }
 
-// Adds up what the block's warps have of the row tiles that they share, in the order of the tiles'
-// columns, and stores it.
-__device__ inline void combine_partials(const FewRowsArgs& args, const PackedRows& weights,
-                                        const PartialTile* partials, uint32_t count,
-                                        bool starts_within, uint32_t first_tile, bool ends_within,
-                                        uint32_t last_tile) {
-  const uint32_t outputs = kTileRows * args.rows;
-  for (uint32_t i = threadIdx.x; i < count * outputs; i += blockDim.x) {
-    const uint32_t entry = i / outputs, tile_row = i % kTileRows, row = i % outputs / kTileRows;
-    const uint32_t row_tile = partials[entry].row_tile;
-    if (row_tile == kNoTile) continue;
-    uint32_t before = entry;  // only the first entry of a tile's run goes on
-    while (before > 0 && partials[before - 1].row_tile == kNoTile) --before;
-    if (before > 0 && partials[before - 1].row_tile == row_tile) continue;
-    float sum = 0;
-    for (uint32_t e = entry; e < count; ++e) {
-      if (partials[e].row_tile == kNoTile) continue;
-      if (partials[e].row_tile != row_tile) break;
-      sum += partials[e].sums[row][tile_row];
-    }
-    const bool has_start = !(starts_within && row_tile == first_tile);
-    const bool has_end = !(ends_within && row_tile == last_tile);
-    store_output(args, weights, row_tile, tile_row, row, sum, has_start && has_end,
-                 has_start ? 0 : 1);
-  }
+__device__ __forceinline__ float4 add(float4 a, float4 b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
+
+// The even share `index` of `shares` of [0, count).
+struct Share {
+  uint32_t begin, end;
+
+  __device__ __forceinline__ Share(uint32_t count, uint32_t index, uint32_t shares) {
+    const uint32_t each = count / shares, rest = count % shares;
+    begin = each * index + min(index, rest);
+    end = begin + each + (index < rest);
+  }
+};
 
 // The share of block `block` of `blocks`.
 template <class Layout, int kWarps, int kStages>
@@ -162,18 +150,17 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
                                                uint32_t block, uint32_t blocks) {
   extern __shared__ __align__(128) char shared[];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const FewRowsShared at(kWarps * kStages * sizeof(Layout), kWarps, kStages, args.column_tiles,
+  const uint32_t column_tiles = args.column_tiles;
+  const FewRowsShared at(kWarps * kStages * sizeof(Layout), kWarps, kStages, column_tiles,
                          args.rows);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + at.barriers);
-  PartialTile* const partials = reinterpret_cast<PartialTile*>(shared + at.partials);
 
-  const uint32_t column_tiles = args.column_tiles;
-  const uint64_t tiles = uint64_t((weights.rows + kTileRows - 1) / kTileRows) * column_tiles;
-  const uint32_t block_begin = uint32_t(tiles * block / blocks);
-  const uint32_t block_end = uint32_t(tiles * (block + 1) / blocks);
-  const uint32_t share = block_end - block_begin;
-  const uint32_t begin = block_begin + share * warp / kWarps;
-  const uint32_t end = block_begin + share * (warp + 1) / kWarps;
+  const uint32_t row_tiles = (weights.rows + kTileRows - 1) / kTileRows;
+  const Share mine(row_tiles * column_tiles, block, blocks);
+  const auto warp_begin = [&](uint32_t w) {
+    return mine.begin + Share(mine.end - mine.begin, w, kWarps).begin;
+  };
+  const uint32_t begin = warp_begin(warp), end = warp_begin(warp + 1);
   const Layout* const source = static_cast<const Layout*>(weights.tiles);
 
   TileRing<Layout, kStages> ring(reinterpret_cast<Layout*>(shared) + warp * kStages,
@@ -181,6 +168,10 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
 #pragma unroll
   for (int i = 0; i < kStages; ++i) ring.ask(i, begin + i < end ? source + begin + i : nullptr);
   ptx::launch_dependents();
+  if (lane == 0 && begin + kStages < end && args.prefetch_tiles > 0) {
+    const uint32_t tiles = min(end - begin - kStages, args.prefetch_tiles);
+    ptx::prefetch(source + begin + kStages, tiles * uint32_t(sizeof(Layout)));
+  }
 
   uint64_t* const activation_barrier = barriers + kWarps * kStages;
 #if __CUDA_ARCH__ >= 900
@@ -189,10 +180,23 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
     ptx::barrier_init_fence();
   }
 #endif
-  if (lane < 2) partials[2 * warp + lane].row_tile = kNoTile;
   __syncthreads();
-  load_activations(args, shared, at, activation_barrier);
 
+  // A row tile that spans warps is completed by the one that has its beginning, or the block's
+  // first: those that go on with it leave their sums in `partials`. Whose, is known beforehand.
+  float4* const partials = reinterpret_cast<float4*>(shared + at.partials) + lane;  // [warp][lane]
+  uint32_t row_tile = begin / column_tiles, column_tile = begin % column_tiles;
+  const auto warps_before = [&](uint32_t tile) {
+    uint32_t w = warp + 1;
+    while (w < kWarps && warp_begin(w) < tile) ++w;
+    return w;
+  };
+  const uint32_t first_row_tile = row_tile;
+  const uint32_t first_end = warps_before((row_tile + 1) * column_tiles);
+  const uint32_t last_end = warps_before((end + column_tiles - 1) / column_tiles * column_tiles);
+  const bool leads = begin == mine.begin && column_tile != 0 && begin != end;
+
+  load_activations(args, shared, at, activation_barrier);
   const uint32_t row = lane / 4 < args.rows ? lane / 4 : 0;  // surplus columns repeat the first
   const uint4* const lane_values =
       reinterpret_cast<const uint4*>(shared + at.activations) + row * (kTileColumns / 8) + lane % 4;
@@ -201,7 +205,6 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   const int odd = row & 1;
 
   float sums[4] = {};
-  uint32_t row_tile = begin / column_tiles, column_tile = begin % column_tiles;
   bool from_start = column_tile == 0;
   uint32_t slot = 0, round = 0;
   for (uint32_t tile = begin; tile < end; ++tile) {
@@ -216,36 +219,38 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
     const ActivationLane activations{values + 4 * odd, values - 4 * odd, lane_means[skip * 4]};
     fragment.multiply(activations, sums);
 
-    const bool at_end = ++column_tile == column_tiles;
-    if (!at_end && tile + 1 != end) continue;
-    // Lane 4 g + t has rows g and g + 8 of activation rows 2t and 2t + 1.
-    const bool whole = at_end && from_start;
-    PartialTile& partial = partials[2 * warp + from_start];  // a warp's first tile, or its last
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t tile_row = lane / 4 + i / 2 * 8, output_row = lane % 4 * 2 + i % 2;
-      if (whole) {
-        store_output(args, weights, row_tile, tile_row, output_row, sums[i], true, 0);
-      } else if (output_row < args.rows) {
-        partial.sums[output_row][tile_row] = sums[i];
+    if (++column_tile == column_tiles) {
+      const float4 done{sums[0], sums[1], sums[2], sums[3]};
+      if (from_start) {
+        store_sums(args, weights, row_tile, lane, done, Part::kWhole);
+      } else {
+        partials[warp * kLanes] = done;
       }
-      sums[i] = 0;
+      for (float& sum : sums) sum = 0;
+      ++row_tile;
+      column_tile = 0;
+      from_start = true;
     }
-    if (!whole && lane == 0) partial.row_tile = row_tile;
-    ++row_tile;
-    column_tile = 0;
-    from_start = true;
   }
+  float4 rest{sums[0], sums[1], sums[2], sums[3]};
+  if (!from_start) partials[warp * kLanes] = rest;
   __syncthreads();
-  combine_partials(args, weights, partials, 2 * kWarps, block_begin % column_tiles != 0,
-                   block_begin / column_tiles, block_end % column_tiles != 0,
-                   (block_end - 1) / column_tiles);
+  if (leads) {
+    float4 sum = partials[warp * kLanes];
+    for (uint32_t w = warp + 1; w < first_end; ++w) sum = add(sum, partials[w * kLanes]);
+    store_sums(args, weights, first_row_tile, lane, sum, Part::kSecond);
+  }
+  if (from_start && column_tile != 0) {
+    for (uint32_t w = warp + 1; w < last_end; ++w) rest = add(rest, partials[w * kLanes]);
+    const bool has_end = (row_tile + 1) * column_tiles <= mine.end;
+    store_sums(args, weights, row_tile, lane, rest, has_end ? Part::kWhole : Part::kFirst);
+  }
 }
 
 struct NoLayout {};
 
 template <class First, class Second, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kLanes, 1) few_rows_kernel(FewRowsArgs args) {
+__global__ void __launch_bounds__(kWarps* kLanes, kWarps <= 8 ? 2 : 1) few_rows_kernel(FewRowsArgs args) {
   if constexpr (!std::is_same_v<Second, NoLayout>) {
     if (blockIdx.x >= args.first_layout_blocks) {
       few_rows_block<Second, kWarps, kStages>(args, args.weights[1],

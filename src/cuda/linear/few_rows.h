@@ -27,17 +27,11 @@ struct FewRowsArgs {
   uint32_t column_tiles;
   uint32_t rows;                 // of activations, 1 to kMostRows
   uint32_t first_layout_blocks;  // blocks that work on weights[0]
+  uint32_t prefetch_tiles;       // that a warp asks the L2 cache for, past its ring, at its start
   const void* activations;       // f16, as in activations.h
   const ActivationMeans* means;  // [column tiles, rows]
   float* output;                 // [2, rows, output_stride]
   uint32_t output_stride;
-};
-
-// How a kernel is launched: chosen on the host from sizes alone.
-struct FewRowsLaunch {
-  uint32_t blocks;
-  uint32_t threads;
-  uint32_t shared_bytes;
 };
 
 }  // namespace nibble::cuda
