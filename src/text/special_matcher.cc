@@ -1,14 +1,15 @@
 #include "text/special_matcher.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace nibble::text {
 
 SpecialMatcher::SpecialMatcher(std::vector<Special> specials) : sorted_(std::move(specials)) {
   const auto text = [](const Special& special) { return special.text; };
   std::ranges::stable_sort(sorted_, {}, text);
-  const auto repeated = std::ranges::unique(sorted_, {}, text);
-  sorted_.erase(repeated.begin(), repeated.end());
+  const auto repeats = [](const Special& a, const Special& b) { return a.text == b.text; };
+  sorted_.erase(std::unique(sorted_.begin(), sorted_.end(), repeats), sorted_.end());
   for (const Special& special : sorted_) ++first_[size_t(uint8_t(special.text[0])) + 1];
   for (size_t i = 1; i < first_.size(); ++i) first_[i] += first_[i - 1];
 }
@@ -29,9 +30,8 @@ const SpecialMatcher::Special* SpecialMatcher::match(std::string_view text) cons
     const auto next_byte = [length](const Special& special) {
       return uint8_t(special.text[length]);
     };
-    const auto range = std::ranges::equal_range(begin, end, uint8_t(text[length]), {}, next_byte);
-    begin = range.begin();
-    end = range.end();
+    begin = std::ranges::lower_bound(begin, end, uint8_t(text[length]), {}, next_byte);
+    end = std::ranges::upper_bound(begin, end, uint8_t(text[length]), {}, next_byte);
   }
   return longest;
 }
