@@ -80,13 +80,17 @@ class ReferenceBackend final : public Backend {
   // Calls body(item) for all items, on all threads; throws what one of them threw.
   template <class Body>
   void for_each(size_t items, const Body& body);
+  // Rows of plan_.hidden values. `input` may view `output`.
   void norm_rows(const RmsNorm& norm, std::span<const float> input, std::vector<float>& output);
+  // output = input weight^T
   void multiply(WeightId weight, std::span<const float> input, std::vector<float>& output);
+  // Norms and turns the token's row of product_; writes its query and its cache rows.
   void finish_query_key_value(const NormQkvStep& step, size_t token);
   // `tokens` are all those of one sequence.
   void attend_sequence(const AttendStep& step, std::span<const Token> tokens);
   // residual = (residual + post_norm(product_)) * output_scale
   void add_product(const std::optional<RmsNorm>& post_norm, float output_scale, ValueId residual);
+  // `logits` are the sequence's wanted rows: [wanted_logit_rows, vocabulary].
   void take_logits(const BatchSequence& sequence, std::span<const float> logits);
 
   KvRows kv_rows(const BatchSequence& sequence, KvId cache) {
@@ -331,7 +335,6 @@ std::optional<ValueId> ReferenceBackend::run_step(const LogitsStep& step) {
   return std::nullopt;
 }
 
-// `logits` are the sequence's wanted rows: [wanted_logit_rows, vocabulary].
 void ReferenceBackend::take_logits(const BatchSequence& sequence, std::span<const float> logits) {
   const std::span rows = logits.last(size_t{sequence.logit_rows} * plan_.vocabulary);
   result_->logits.insert(result_->logits.end(), rows.begin(), rows.end());
