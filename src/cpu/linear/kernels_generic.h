@@ -1,16 +1,22 @@
 // No include guard: each instruction set's file includes this once, after its `Simd`:
 //
 //   struct Simd {
-//     static constexpr int kLanes;          // 32-bit lanes of a vector = weight rows of a tile
-//     static constexpr int kActivationRows; // rows multiplied at a time, a power of two
-//     static constexpr bool kSignedQuants;  // whether dot() takes weights of -128..127, else
-//     0..255 typedef ... U32, I32, F32;            // GNU vectors of kLanes lanes
-//     // Bytes [offset, offset + 16) of kLanes rows as four columns of 32-bit words.
+//     // 32-bit lanes of a vector, which is also the weight rows of a tile.
+//     static constexpr int kLanes;
+//     // Activation rows multiplied at a time, a power of two.
+//     static constexpr int kActivationRows;
+//     // Whether the weights that dot() takes are in -128..127, else in 0..255.
+//     static constexpr bool kSignedQuants;
+//     // GNU vectors of kLanes lanes.
+//     typedef uint32_t U32; typedef int32_t I32; typedef float F32;
+//
+//     // Bytes [0, 16) of kLanes rows, as four columns of 32-bit words.
 //     static void load_columns(const std::byte* rows, size_t stride, U32 (&columns)[4]);
-//     static F32 half_to_float(U32 halves); // each lane's low 16 bits
-//     static F32 fma(F32 a, F32 b, F32 c);  // a * b + c
-//     static F32 fnma(F32 a, F32 b, F32 c); // c - a * b
-//     // Lane n: the sum of 4 kSteps products of row n's bytes, at most kMaximum large, with x.
+//     // Of each lane's low 16 bits; the high ones are 0.
+//     static F32 half_to_float(U32 halves);
+//     static F32 fma(F32 a, F32 b, F32 c);   // a * b + c
+//     static F32 fnma(F32 a, F32 b, F32 c);  // c - a * b
+//     // Lane n: the sum of 4 * kSteps products of row n's bytes, at most kMaximum large, with x.
 //     template <int kMaximum, int kSteps>
 //     static I32 dot(const U32 (&w)[kSteps], const int8_t* x);
 //     // sums[k % 2] += w[k] * x[k] for k < 4
@@ -63,7 +69,7 @@ F32 to_float(U32 v) {
 struct Rows {
   const std::byte* bytes;
   size_t stride;
-  const std::byte* next;  // what lies as far into the next tile as the chunk in its own
+  const std::byte* next;  // as far into the next tile as the chunk lies in its own; only prefetched
 };
 
 // Each call also asks for as much of the next tile, so that memory is read in one sweep although
@@ -99,7 +105,7 @@ void store_scale(TileScratch& tile, int group, F32 scale, F32 minimum) {
 // ---- Unpacking: weight = scale * quant - minimum, quant an 8-bit number ----
 //
 // Each format says how large a block and a quant are, how many values share a scale, and unpacks
-// one block of every row: words from `word` on, scales from `group` on.
+// one block of every row, the chunk's block number `block`. Words are four quants each.
 
 // Block scale, block minimum and the 6-bit scales and minimums: the first 16 bytes.
 void unpack_k_scales(Rows rows, TileScratch& tile) {

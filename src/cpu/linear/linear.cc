@@ -1,11 +1,12 @@
 #include "cpu/linear/linear.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "base/checked_math.h"
 #include "base/error.h"
+#include "cpu/aligned_array.h"
 #include "cpu/linear/kernels.h"
 
 namespace nibble::cpu {
@@ -43,8 +44,8 @@ const Kernels& linear_kernels(Isa isa) {
     default:
       break;
   }
-  NIBBLE_CHECK(!"kernels of an instruction set that this build has");
-  std::abort();
+  NIBBLE_CHECK(!"an instruction set of this machine");
+  std::abort();  // not reached
 }
 
 void dequantize_chunk(const TileJob& job, uint32_t column, uint32_t columns) {
@@ -58,25 +59,6 @@ void dequantize_chunk(const TileJob& job, uint32_t column, uint32_t columns) {
 }
 
 namespace {
-
-// Uninitialised 64-byte aligned memory of trivial values.
-template <class T>
-class AlignedArray {
- public:
-  explicit AlignedArray(size_t size)
-      : size_(size), data_(static_cast<T*>(::operator new(size * sizeof(T), kAlignment))) {}
-  ~AlignedArray() { ::operator delete(data_, kAlignment); }
-  AlignedArray(const AlignedArray&) = delete;
-  AlignedArray& operator=(const AlignedArray&) = delete;
-
-  T* data() const { return data_; }
-  uint64_t bytes() const { return size_ * sizeof(T); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  size_t size_;
-  T* data_;
-};
 
 // Tiles of a whole weight, segment after segment.
 uint32_t count_tiles(const Weight& weight, uint32_t tile_rows) {
