@@ -21,10 +21,11 @@ function(nibble_room name)
   endif()
 endfunction()
 
-# nibble_test(NAME SOURCES ... LIBRARIES ...): a GoogleTest binary whose cases CTest runs one by one.
+# nibble_test(NAME SOURCES ... LIBRARIES ... LABEL slow): a GoogleTest binary whose cases CTest runs one
+# by one; `ctest -L slow` chooses them.
 function(nibble_test name)
-  cmake_parse_arguments(TEST "" "" "SOURCES;LIBRARIES" ${ARGN})
+  cmake_parse_arguments(TEST "" "LABEL" "SOURCES;LIBRARIES" ${ARGN})
   add_executable(${name} ${TEST_SOURCES})
   target_link_libraries(${name} PRIVATE nibble_test_support ${TEST_LIBRARIES} GTest::gtest_main)
-  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600 LABELS "${TEST_LABEL}")
 endfunction()

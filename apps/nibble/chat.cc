@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "nibble/commands.h"
 #include "nibble/generation.h"
+#include "nibble/input.h"
 #include "nibble/model_options.h"
 #include "nibble/terminal.h"
 

@@ -7,8 +7,8 @@
 
 #include "base/error.h"
 #include "nibble/commands.h"
+#include "nibble/input.h"
 #include "nibble/model_options.h"
-#include "nibble/terminal.h"
 
 namespace nibble::app {
 namespace {

@@ -11,7 +11,6 @@
 #include "base/thread_pool.h"
 #include "nibble/commands.h"
 #include "nibble/json.h"
-#include "nibble/lists.h"
 #include "nibble/model_options.h"
 #include "nibble/terminal.h"
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <set>
@@ -69,8 +70,14 @@ boost::json::value to_json(const gguf::GgufFile& file, const gguf::Metadata& met
       add(file.find_bool_array(metadata.key));
       break;
     case gguf::ValueType::kFloat32:
-    case gguf::ValueType::kFloat64:
       add(file.find_float_array(metadata.key));
+      break;
+    case gguf::ValueType::kFloat64:  // no model reads these, so GgufFile has no accessor
+      for (size_t i = 0; i < std::min<size_t>(array->count, kShownElements); ++i) {
+        double element;
+        std::memcpy(&element, array->data.data() + i * sizeof element, sizeof element);
+        first.emplace_back(element);
+      }
       break;
     case gguf::ValueType::kUint64:
       add(file.find_uint_array(metadata.key));

@@ -8,7 +8,7 @@
 
 #include "base/error.h"
 #include "nibble/commands.h"
-#include "nibble/lists.h"
+#include "nibble/input.h"
 #include "nibble/model_options.h"
 #include "nibble/terminal.h"
 

@@ -5,6 +5,7 @@
 #include <mach-o/dyld.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/error.h"
@@ -156,6 +157,12 @@ std::unique_ptr<const text::Tokenizer> open_tokenizer(const std::string& model) 
   auto tokenizer = text::Tokenizer::from_gguf(gguf::GgufFile::open(model_path(model)));
   if (!tokenizer) fail_without_tokenizer();
   return tokenizer;
+}
+
+uint32_t logit_rows_at_once(const engine::Engine& engine) {
+  constexpr uint64_t kMaxBytes = 256'000'000;
+  const uint64_t row_bytes = uint64_t{engine.plan().vocabulary} * sizeof(float);
+  return uint32_t(std::max<uint64_t>(1, kMaxBytes / row_bytes));
 }
 
 }  // namespace nibble::app

@@ -57,4 +57,7 @@ const text::Tokenizer& require_tokenizer(const engine::Engine& engine);
 // The same without opening the model.
 std::unique_ptr<const text::Tokenizer> open_tokenizer(const std::string& model);
 
+// How many rows of logits take at most 256 MB; at least one.
+uint32_t logit_rows_at_once(const engine::Engine& engine);
+
 }  // namespace nibble::app

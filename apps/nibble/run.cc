@@ -2,14 +2,10 @@
 
 #include <fmt/format.h>
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <iterator>
-
 #include "base/error.h"
 #include "nibble/commands.h"
 #include "nibble/generation.h"
+#include "nibble/input.h"
 #include "nibble/json.h"
 #include "nibble/model_options.h"
 #include "nibble/terminal.h"
@@ -29,18 +25,9 @@ struct RunOptions {
 
 std::string read_prompt(const RunOptions& options) {
   if (options.prompt) return *options.prompt;
-  if (!options.file) {
-    if (stdin_is_terminal()) throw CLI::ValidationError("a prompt is needed: -p TEXT or -f FILE");
-    return read_stdin();
-  }
-  std::ifstream stream(*options.file, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(stream), {}};
-  // Opening a directory succeeds, reading it does not.
-  if (!stream.is_open() || stream.bad() || std::filesystem::is_directory(*options.file)) {
-    fail(ErrorCode::kIo, "{}: can't read the prompt: {}", *options.file,
-         errno != 0 ? strerror(errno) : "it is not a file");
-  }
-  return text;
+  if (options.file) return read_file(*options.file);
+  if (stdin_is_terminal()) throw CLI::ValidationError("a prompt is needed: -p TEXT or -f FILE");
+  return read_stdin();
 }
 
 std::vector<TokenId> encode(const RunOptions& options, const std::string& prompt,

@@ -5,12 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <csignal>
 #include <cstdio>
-#include <cstring>
 
-#include "base/error.h"
 #include "engine/engine.h"
 #include "text/utf8.h"
 
@@ -25,20 +22,6 @@ void on_interrupt(int) {
 }
 
 }  // namespace
-
-bool stdin_is_terminal() {
-  return ::isatty(STDIN_FILENO) == 1;
-}
-
-std::string read_stdin() {
-  std::string text;
-  char buffer[65536];
-  while (const size_t count = std::fread(buffer, 1, sizeof buffer, stdin)) {
-    text.append(buffer, count);
-  }
-  if (std::ferror(stdin)) fail(ErrorCode::kIo, "can't read stdin: {}", strerror(errno));
-  return text;
-}
 
 std::string printable(std::string_view unsafe) {
   std::string safe;

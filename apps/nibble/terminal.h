@@ -13,11 +13,6 @@ class Session;
 
 namespace nibble::app {
 
-bool stdin_is_terminal();
-
-// All of stdin, byte for byte.
-std::string read_stdin();
-
 // Text of unknown origin made safe to print: control characters (but newline and tab) become
 // "\x1b", bytes that are no UTF-8 become U+FFFD.
 std::string printable(std::string_view text);

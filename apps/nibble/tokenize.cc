@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include "nibble/commands.h"
+#include "nibble/input.h"
 #include "nibble/model_options.h"
-#include "nibble/terminal.h"
 
 namespace nibble::app {
 namespace {

@@ -1,5 +1,6 @@
 // The commands as a user meets them: output, exit codes, what goes where.
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <boost/json.hpp>
@@ -98,7 +99,7 @@ TEST(Run, JsonHasTheFixedShape) {
   EXPECT_GT(number(answer, "/prompt_tokens"), 0);
   EXPECT_TRUE(answer.at("finish_reason") == "stop" || answer.at("finish_reason") == "length");
   for (const char* timing : {"load_ms", "prefill_ms", "decode_ms", "decode_tokens_per_s"}) {
-    EXPECT_GE(number(answer, std::string("/timings/") + timing), 0) << timing;
+    EXPECT_GE(number(answer, fmt::format("/timings/{}", timing)), 0) << timing;
   }
   EXPECT_TRUE(answer.at("backend").is_string());
 }
@@ -125,10 +126,21 @@ TEST(Run, PromptComesFromFileOrStdinToo) {
   EXPECT_EQ(given.out, from_stdin.out);
 }
 
-TEST(Run, SystemTextAndPenaltiesChangeTheAnswer) {
+TEST(Run, SystemTextStandsBeforeThePrompt) {
+  const auto prompt_tokens = [](std::vector<std::string> options) {
+    options.insert(options.begin(), {"run", "-p", "x", "-n", "0", "--json"});
+    return number(parsed(nibble(options)), "/prompt_tokens");
+  };
+  EXPECT_GT(prompt_tokens({"--system", "Be brief."}), prompt_tokens({}) + 3);
+}
+
+TEST(Run, PenaltiesAndBiasChangeTheAnswer) {
   const std::string plain = nibble(question({"--temp", "0"})).out;
-  EXPECT_NE(nibble(question({"--temp", "0", "--system", "Answer about Debian."})).out, plain);
   EXPECT_NE(nibble(question({"--temp", "0", "--frequency-penalty", "20"})).out, plain);
+  EXPECT_NE(nibble(question({"--temp", "0", "--presence-penalty", "20"})).out, plain);
+  EXPECT_NE(nibble(question({"--temp", "0", "--repeat-penalty", "9"})).out, plain);
+  const json::value biased = parsed(nibble(question({"--logit-bias", "525=1e6", "--json"})));
+  for (const json::value& token : biased.at("tokens").as_array()) EXPECT_EQ(token, 525);
 }
 
 TEST(Run, SaysBothNumbersWhenThePromptIsLongerThanTheContext) {
@@ -258,7 +270,7 @@ TEST(Logits, WritesTheRowsOfTheLastPositions) {
   const json::value golden = json::parse(read_file(fixture("golden/chat.json")));
   std::string ids;
   for (const json::value& id : golden.at("tokens").as_array()) {
-    ids += (ids.empty() ? "" : ",") + json::serialize(id);
+    ids += fmt::format("{}{}", ids.empty() ? "" : ",", json::serialize(id));
   }
   const TemporaryFile rows;
   const Outcome outcome =
@@ -301,11 +313,11 @@ TEST(Bench, MeasuresEachContextAndBatch) {
   for (const json::value& point : result.at("points").as_array()) {
     for (const char* key : {"context", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_ms",
                             "bytes_per_token", "bandwidth_fraction"}) {
-      EXPECT_GT(number(point, std::string("/") + key), 0) << key;
+      EXPECT_GT(number(point, fmt::format("/{}", key)), 0) << key;
     }
   }
   for (const char* key : {"weights_bytes", "kv_bytes", "peak_bytes"}) {
-    EXPECT_GT(number(result, std::string("/memory/") + key), 0) << key;
+    EXPECT_GT(number(result, fmt::format("/memory/{}", key)), 0) << key;
   }
   EXPECT_TRUE(result.at("device").is_string());
   EXPECT_TRUE(result.at("commit").is_string());

@@ -1,11 +1,30 @@
-#include "nibble/lists.h"
+#include "nibble/input.h"
+
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "base/error.h"
 
 namespace nibble::app {
 namespace {
+
+// `name` is for the message.
+std::string read_all(std::FILE* file, std::string_view name) {
+  std::string text;
+  char buffer[65536];
+  while (const size_t count = std::fread(buffer, 1, sizeof buffer, file)) {
+    text.append(buffer, count);
+  }
+  if (std::ferror(file)) fail(ErrorCode::kIo, "{}: can't read: {}", name, strerror(errno));
+  return text;
+}
 
 // The parts between commas as numbers of at least `low`.
 std::vector<int32_t> parse_numbers(std::string_view option, std::string_view text, int32_t low) {
@@ -28,6 +47,21 @@ std::vector<int32_t> parse_numbers(std::string_view option, std::string_view tex
 
 }  // namespace
 
+bool stdin_is_terminal() {
+  return ::isatty(STDIN_FILENO) == 1;
+}
+
+std::string read_stdin() {
+  return read_all(stdin, "stdin");
+}
+
+std::string read_file(const std::string& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"),
+                                                             &std::fclose);
+  if (!file) fail(ErrorCode::kIo, "{}: can't open: {}", path, strerror(errno));
+  return read_all(file.get(), path);
+}
+
 std::vector<uint32_t> parse_counts(std::string_view option, std::string_view text) {
   const std::vector<int32_t> numbers = parse_numbers(option, text, 1);
   return {numbers.begin(), numbers.end()};
@@ -37,12 +71,6 @@ std::vector<TokenId> parse_ids(std::string_view text) {
   std::vector<TokenId> ids;
   for (const int32_t number : parse_numbers("--ids", text, 0)) ids.push_back({number});
   return ids;
-}
-
-uint32_t logit_rows_at_once(const engine::Engine& engine) {
-  constexpr uint64_t kMaxBytes = 256'000'000;
-  const uint64_t row_bytes = uint64_t{engine.plan().vocabulary} * sizeof(float);
-  return uint32_t(std::max<uint64_t>(1, kMaxBytes / row_bytes));
 }
 
 }  // namespace nibble::app

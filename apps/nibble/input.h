@@ -1,14 +1,19 @@
 #pragma once
-// Lists of numbers from people and files, and how many rows of logits to hold at a time.
+// What comes from the user: whole texts, and lists of numbers.
 
-#include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/id.h"
-#include "engine/engine.h"
 
 namespace nibble::app {
+
+bool stdin_is_terminal();
+
+// Everything, byte for byte. Throws Error(kIo) with the system's reason.
+std::string read_stdin();
+std::string read_file(const std::string& path);
 
 // "512,2048" -> numbers; `option` is named when a part is no positive number.
 // Throws CLI::ValidationError.
@@ -16,8 +21,5 @@ std::vector<uint32_t> parse_counts(std::string_view option, std::string_view tex
 
 // "2,5,525" -> ids. Throws CLI::ValidationError.
 std::vector<TokenId> parse_ids(std::string_view text);
-
-// How many rows of logits take at most 256 MB; at least one.
-uint32_t logit_rows_at_once(const engine::Engine& engine);
 
 }  // namespace nibble::app

@@ -1,0 +1,110 @@
+// What the models predict, against the numbers that others reach with the same files.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <boost/json.hpp>
+
+#include "e2e/nibble.h"
+
+namespace nibble::test {
+namespace {
+
+namespace json = boost::json;
+
+std::string model_path(const std::string& name) {
+  return name.starts_with("tiny") ? bundled_model(name + ".gguf").string()
+                                  : fixture("models/" + name + ".gguf").string();
+}
+
+// `wide` was trained with micro's tokenizer.
+std::string heldout_tokens(const std::string& model) {
+  const std::string text = model.starts_with("tiny") ? "tiny" : "micro";
+  return fixture("golden/" + text + ".heldout_text.tokens.i32").string();
+}
+
+json::value eval(const std::string& model, std::vector<std::string> options) {
+  options.insert(options.begin(), {"eval", model_path(model), "--json", "--tokens",
+                                   heldout_tokens(model), "--window", "512"});
+  const Outcome outcome = nibble(options, "", 550);
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  return outcome.exit_code == 0 ? json::parse(outcome.out) : json::value();
+}
+
+double number(const json::value& value, std::string_view pointer) {
+  return value.at_pointer(pointer).to_number<double>();
+}
+
+// Mean NLL that llama.cpp (CPU) reaches in 127 windows of 512 tokens, measured when the models were
+// made.
+struct Expected {
+  std::string model;
+  double llama_cpp_nll;
+};
+
+class Nll : public testing::TestWithParam<Expected> {};
+
+TEST_P(Nll, IsNoWorseThanLlamaCpps) {
+  constexpr double kMargin = 0.002;  // nats
+  const json::value result = eval(GetParam().model, {});
+  EXPECT_EQ(number(result, "/predictions"), 127 * 512);
+  const double nll = number(result, "/nll");
+  RecordProperty("nll", std::to_string(nll));
+  EXPECT_LE(nll, GetParam().llama_cpp_nll + kMargin);
+  // Much better would mean that it was not this text that was predicted.
+  EXPECT_GE(nll, GetParam().llama_cpp_nll - 0.05);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Nll,
+                         testing::Values(Expected{"micro-gemma4-f16", 2.411757},
+                                         Expected{"micro-gemma4-Q8_0", 2.412558},
+                                         Expected{"micro-gemma4-Q6_K", 2.416093},
+                                         Expected{"micro-gemma4-Q5_K_M", 2.422389},
+                                         Expected{"micro-gemma4-Q4_K_M", 2.447305},
+                                         Expected{"micro-gemma4-Q4_0", 2.474888},
+                                         Expected{"tiny-gemma4-Q4_K_M", 3.031498},
+                                         Expected{"wide-gemma4-Q4_K_M", 2.682496}),
+                         [](const auto& info) {
+                           std::string name = info.param.model;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+// Mean KL against f32 activations and exactly dequantised weights. The bounds are what a correct
+// implementation of each activation format measured, with room for another order of summation.
+class Divergence : public testing::TestWithParam<std::string> {};
+
+TEST_P(Divergence, OfQuantisedActivationsIsThatOf8Bits) {
+  const json::value result = eval(GetParam(), {"--limit", "8", "--against-backend", "reference"});
+  RecordProperty("kl_mean", std::to_string(number(result, "/kl/mean")));
+  EXPECT_LE(number(result, "/kl/mean"), 0.0008);
+  EXPECT_GE(number(result, "/top1_agreement"), 0.97);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, Divergence,
+                         testing::Values("micro-gemma4-Q8_0", "micro-gemma4-Q6_K",
+                                         "micro-gemma4-Q5_K_M", "micro-gemma4-Q4_K_M",
+                                         "micro-gemma4-Q4_0", "tiny-gemma4-Q4_K_M",
+                                         "wide-gemma4-Q4_K_M"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+TEST(FloatActivations, DivergeByRoundingOnly) {
+  const json::value result =
+      eval("micro-gemma4-f16", {"--limit", "8", "--against-backend", "reference"});
+  EXPECT_LE(number(result, "/kl/mean"), 1e-6);
+}
+
+TEST(F16Cache, DivergesLittle) {
+  const json::value result =
+      eval("micro-gemma4-f16", {"--limit", "8", "--kv", "f16", "--against-kv", "f32"});
+  RecordProperty("kl_mean", std::to_string(number(result, "/kl/mean")));
+  EXPECT_GT(number(result, "/kl/mean"), 0);
+  EXPECT_LE(number(result, "/kl/mean"), 1e-6);
+}
+
+}  // namespace
+}  // namespace nibble::test
