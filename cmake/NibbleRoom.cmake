@@ -10,10 +10,6 @@ function(nibble_room name)
   list(FILTER tests INCLUDE REGEX "_test\\.cc$")
   list(TRANSFORM ROOM_DEPENDS PREPEND nibble_)
 
-  if(NOT sources)  # TEMPORARY while rooms are being written
-    file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/empty.cc "")
-    set(sources ${CMAKE_CURRENT_BINARY_DIR}/empty.cc)
-  endif()
   add_library(nibble_${name} STATIC ${sources})
   target_link_libraries(nibble_${name} PUBLIC nibble_options ${ROOM_DEPENDS} ${ROOM_LIBRARIES})
   if(tests)
