@@ -16,7 +16,7 @@
 namespace nibble::engine::test {
 
 inline constexpr uint32_t kVocabulary = 97;
-inline constexpr uint32_t kWindow = 40;
+inline constexpr uint32_t kWindow = 64;
 // Each layer stores a hash of its input and reads all stored ones that its window shows, so the
 // last layer's state goes back several windows, as a transformer's does.
 inline constexpr uint32_t kWindows[] = {kWindow, 0};    // of the KV groups

@@ -236,8 +236,8 @@ TEST_F(SessionTest, TruncateReachesExactlyWhatTheWindowAllows) {
   text = joined(text, generate(*session, 170));
   ASSERT_EQ(session->tokens().size(), 200u);
   EXPECT_EQ(session->truncate(1000), 200u);
-  // The window of 199 starts at 160, on the border of a page; that of 198 before it.
-  EXPECT_EQ(session->truncate(199), 199u);
+  // At 200 pages from 128 on are left: the window of 191 starts there, that of 190 before.
+  EXPECT_EQ(session->truncate(191), 191u);
   EXPECT_EQ(session->truncate(100), 30u - 16) << "the prompt's snapshot";
   EXPECT_TRUE(std::ranges::equal(session->tokens(), std::span(text).first(14)));
   const Tokens more = tokens(60);
@@ -245,6 +245,21 @@ TEST_F(SessionTest, TruncateReachesExactlyWhatTheWindowAllows) {
   EXPECT_EQ(last_row(*session), fake_logits(joined({text.begin(), text.begin() + 14}, more)));
   EXPECT_EQ(session->truncate(0), 0u);
   EXPECT_TRUE(session->tokens().empty());
+}
+
+TEST_F(SessionTest, SnapshotsOfAnotherBranchAreForgotten) {
+  const auto session = new_session();
+  session->sync(tokens(110));
+  generate(*session, 100);
+  const Tokens second = tokens(160);
+  session->sync(second);
+  generate(*session, 60);
+  // What the second branch's snapshot no longer has, but the first one's had.
+  const uint32_t length = session->truncate(100);
+  const Tokens more = tokens(20);
+  session->extend(more, 1);
+  EXPECT_EQ(last_row(*session),
+            fake_logits(joined({second.begin(), second.begin() + length}, more)));
 }
 
 // Everything that moves a session about, in random order, against the text alone.
@@ -488,39 +503,34 @@ backend::Plan fake_plan() {
   return plan;
 }
 
-TEST(KvBudget, AsManySessionsAsWereAskedForNeverRunOut) {
+TEST(KvBudget, SessionsAndTheirSnapshotsNeverNeedMore) {
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE(seed);
   std::mt19937_64 random(seed);
-  constexpr uint32_t kSessions = 3;
-  const Size size = fit(
-      fake_plan(),
-      {.format = backend::KvFormat::kF32, .context = 300, .sessions = kSessions, .ubatch = kUbatch},
-      uint64_t{1} << 40);
-  FakeBackend backend(kUbatch, size.max_kv_pages);
-  Scheduler scheduler(backend, {kVocabulary, size.context, kUbatch});
-  std::vector<std::unique_ptr<Session>> sessions;
-  std::vector<Session*> all;
-  for (uint32_t i = 0; i < kSessions; ++i) {
-    sessions.push_back(scheduler.new_session());
-    all.push_back(sessions.back().get());
-  }
-  // Turns that leave snapshots in the middle of pages, up to the last token of the context.
-  for (int round = 0; round < 30; ++round) {
-    for (Session* session : all) {
-      const auto room = 300 - session->tokens().size();
-      if (room == 0 || random() % 8 == 0) {
-        const auto keep = static_cast<uint32_t>(random() % 300);
-        session->truncate(keep);
+  for (const uint32_t count : {1, 3}) {
+    const SizeRequest request{
+        .format = backend::KvFormat::kF32, .context = 300, .sessions = count, .ubatch = kUbatch};
+    const Size size = fit(fake_plan(), request, uint64_t{1} << 40);
+    FakeBackend backend(kUbatch);  // with room for more, to see what is taken
+    backend.before_layer = [&](uint32_t) {
+      for (uint32_t g = 0; g < 2; ++g) {
+        ASSERT_LE(backend.kv().pages_in_use(g), size.max_kv_pages[g]) << "group " << g;
+      }
+    };
+    Scheduler scheduler(backend, {kVocabulary, size.context, kUbatch});
+    std::vector<std::unique_ptr<Session>> sessions;
+    for (uint32_t i = 0; i < count; ++i) sessions.push_back(scheduler.new_session());
+    // Turns that leave snapshots in the middle of pages, up to the last token of the context.
+    for (int turn = 0; turn < 200; ++turn) {
+      Session& session = *sessions[random() % count];
+      Tokens text(session.tokens().begin(), session.tokens().end());
+      if (text.size() == 300 || random() % 8 == 0) {
+        session.truncate(static_cast<uint32_t>(random() % 300));
         continue;
       }
-      Tokens text(session->tokens().begin(), session->tokens().end());
-      text = joined(text, random_tokens(random, 1 + random() % std::min<size_t>(room, 90)));
-      session->sync(text);
+      const auto room = std::min<size_t>(300 - text.size(), 90);
+      session.sync(joined(text, random_tokens(random, 1 + random() % room)));
     }
-    while (scheduler.step(all)) {
-    }
-    for (Session* session : all) ASSERT_FALSE(session->error());
   }
 }
 
