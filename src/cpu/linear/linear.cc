@@ -67,6 +67,14 @@ uint32_t count_tiles(const Weight& weight, uint32_t tile_rows) {
   return tiles;
 }
 
+// How many rows of activations, `row_bytes` each, to run together: so many stay in the second-level
+// cache while all the weights pass by, enough to make unpacking these a small part of the work.
+size_t rows_at_a_time(size_t row_bytes) {
+  constexpr size_t kCachedBytes = 512 << 10;
+  constexpr size_t kLeast = 32;
+  return std::max(kLeast, kCachedBytes / row_bytes / kLeast * kLeast);
+}
+
 }  // namespace
 
 struct Linear::Workspace {
@@ -83,8 +91,10 @@ struct Linear::Workspace {
   }
 
   void quantize(const float* x, size_t rows, uint32_t columns);
-  void run_tiles(const Weight& weight, const float* x, size_t rows, float* y, size_t begin,
-                 size_t end, uint32_t thread);
+  // Tiles [begin, end) of the weight: unpack, multiply with the rows [first, first + rows), put the
+  // sums in their places.
+  void run_tiles(const Weight& weight, const float* x, size_t first, size_t rows, float* y,
+                 size_t begin, size_t end, uint32_t thread);
 
   const Kernels& kernels;
   ThreadPool& pool;
@@ -109,9 +119,8 @@ void Linear::Workspace::quantize(const float* x, size_t rows, uint32_t columns) 
   }
 }
 
-// Tiles [begin, end) of the weight: unpack, multiply with all rows, put the sums in their places.
-void Linear::Workspace::run_tiles(const Weight& weight, const float* x, size_t rows, float* y,
-                                  size_t begin, size_t end, uint32_t thread) {
+void Linear::Workspace::run_tiles(const Weight& weight, const float* x, size_t first, size_t rows,
+                                  float* y, size_t begin, size_t end, uint32_t thread) {
   const uint32_t tile_rows = kernels.tile_rows;
   const size_t y_width = weight.rows();
   size_t segment_tile = 0;  // the segment's first
@@ -129,15 +138,16 @@ void Linear::Workspace::run_tiles(const Weight& weight, const float* x, size_t r
       job.columns = weight.columns;
       job.traits = &quant::quant_traits(segment.type);
       job.activation_rows = rows;
-      job.quantized = activations.data();
-      job.activations = x;
+      job.quantized = activations.data() + first * (weight.columns / ActivationGroup::kValues);
+      job.activations = x + first * weight.columns;
       const bool whole_tile_follows = row + 2 * tile_rows <= segment.rows;
       job.next_weights = job.weights + (whole_tile_follows ? tile_rows * row_bytes : 0);
       job.scratch = scratch.data() + thread;
       job.sums = sums.data() + size_t{thread} * max_rows * kMaxTileRows;
       kernels.multiply(job);
       for (size_t m = 0; m < rows; ++m) {
-        std::copy_n(job.sums + m * tile_rows, job.rows, y + m * y_width + segment_row + row);
+        std::copy_n(job.sums + m * tile_rows, job.rows,
+                    y + (first + m) * y_width + segment_row + row);
       }
     }
     segment_tile += tiles;
@@ -152,18 +162,28 @@ Linear::~Linear() = default;
 void Linear::run(const Weight& weight, const float* x, size_t rows, float* y) {
   Workspace& workspace = *workspace_;
   NIBBLE_CHECK(rows <= workspace.max_rows && weight.columns <= workspace.max_columns);
-  if (std::ranges::any_of(weight.segments, [](const WeightSegment& segment) {
-        return has_quantized_activations(segment.type);
-      })) {
+  const auto takes_quantized = [](const WeightSegment& segment) {
+    return has_quantized_activations(segment.type);
+  };
+  if (std::ranges::any_of(weight.segments, takes_quantized)) {
     workspace.quantize(x, rows, weight.columns);
   }
+  const size_t row_bytes = std::ranges::all_of(weight.segments, takes_quantized)
+                               ? weight.columns / ActivationGroup::kValues * sizeof(ActivationGroup)
+                               : weight.columns * sizeof(float);
+  const size_t block = rows_at_a_time(row_bytes);
+
   const uint32_t tiles = count_tiles(weight, workspace.kernels.tile_rows);
-  // Enough chunks to even out threads of unequal speed, few enough to be worth a hand-over.
-  constexpr uint32_t kChunksPerThread = 8;
+  // Enough chunks to even out threads of unequal speed, few enough to be worth a hand-over and the
+  // first tile of each, which nobody fetched ahead.
+  constexpr uint32_t kChunksPerThread = 4;
   const uint32_t grain = ceil_div(tiles, workspace.pool.size() * kChunksPerThread);
-  workspace.pool.for_each_chunk(tiles, grain, [&](size_t begin, size_t end, uint32_t thread) {
-    workspace.run_tiles(weight, x, rows, y, begin, end, thread);
-  });
+  for (size_t first = 0; first < rows; first += block) {
+    const size_t count = std::min(block, rows - first);
+    workspace.pool.for_each_chunk(tiles, grain, [&](size_t begin, size_t end, uint32_t thread) {
+      workspace.run_tiles(weight, x, first, count, y, begin, end, thread);
+    });
+  }
 }
 
 uint64_t Linear::workspace_bytes() const {
