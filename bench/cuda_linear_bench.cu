@@ -1,8 +1,6 @@
-// Matrix-vector kernels alone: layout x shape x rows, launch included. Weights rotate through more
-// memory than the L2 cache holds; every kernel's result is compared with a double-precision product
-// of the same blocks dequantised on the host.
-//
-//   cuda_linear_bench [--check-only] [--sweep]
+// Matrix-vector kernels alone, as the decode step starts them: layout x shape x rows, launch
+// included. Weights rotate through more memory than the L2 cache holds; every result is compared
+// with a double-precision product of the same blocks dequantised on the host.
 
 #include <cuda_runtime.h>
 
@@ -15,7 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/linear/few_rows.cuh"
+#include "cuda/layouts/pack.h"
+#include "cuda/linear/launch_few_rows.h"
+#include "cuda/runtime.h"
 
 namespace {
 
@@ -23,16 +23,6 @@ using namespace nibble;
 using namespace nibble::cuda;
 
 constexpr double kPeakGbPerS = 3089;  // reading alone, this card: docs/measurements/decode.md
-
-#define CUDA_CHECK(call)                                                                      \
-  do {                                                                                        \
-    const cudaError_t error_ = (call);                                                        \
-    if (error_ != cudaSuccess) {                                                              \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call,                      \
-                   cudaGetErrorString(error_));                                               \
-      std::exit(1);                                                                           \
-    }                                                                                         \
-  } while (0)
 
 std::mt19937 random_bits(std::random_device{}());
 
@@ -64,59 +54,39 @@ void set_scales(Block& block) {
   }
 }
 
-template <class Layout>
-__global__ void pack_kernel(const typename Layout::Block* pool, uint32_t pool_blocks, uint32_t rows,
-                            uint32_t columns, uint32_t column_tiles, uint64_t tiles,
-                            Layout* packed) {
-  using Block = typename Layout::Block;
-  const uint64_t tile = (uint64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
-  if (tile >= tiles) return;
-  const uint32_t lane = threadIdx.x % kLanes;
-  const uint32_t row_blocks = columns / Block::kValues;
-  const Block* sources[2];
-  for (uint32_t half = 0; half < 2; ++half) {
-    const uint64_t row = tile / column_tiles * kTileRows + lane / 4 + 8 * half;
-    const uint64_t block = row * row_blocks + tile % column_tiles * kTileColumns / Block::kValues;
-    sources[half] = row < rows ? pool + block % pool_blocks : nullptr;
-  }
-  packed[tile].pack_lane(lane, sources, kTileColumns);
-}
-
-// A matrix whose blocks repeat a pool of random ones.
+// A matrix whose row tiles repeat a few random ones, out of step with its own.
 template <class Layout>
 struct Matrix {
   using Block = typename Layout::Block;
+  static constexpr uint32_t kPoolRowTiles = 37;
   uint32_t rows, columns;
-  std::vector<Block> pool;
+  std::vector<Block> pool;      // [kPoolRowTiles * kTileRows, columns]
   std::vector<Layout*> copies;  // on the device, different addresses, same contents
 
-  Matrix(uint32_t rows, uint32_t columns, size_t total_bytes) : rows(rows), columns(columns) {
-    // A row's tile takes consecutive blocks, so the pool is whole tiles and repeats out of step
-    // with the rows.
-    const uint32_t tile_blocks = kTileColumns / Block::kValues;
-    pool.resize(size_t(4099) * tile_blocks);
+  Matrix(uint32_t rows, uint32_t columns, size_t total_bytes)
+      : rows(rows),
+        columns(columns),
+        pool(size_t(kPoolRowTiles) * kTileRows * columns / Block::kValues) {
     for (Block& block : pool) {
       for (size_t i = 0; i < sizeof block; ++i)
         reinterpret_cast<uint8_t*>(&block)[i] = uint8_t(random_bits());
       set_scales(block);
     }
-    Block* device_pool;
-    CUDA_CHECK(cudaMalloc(&device_pool, pool.size() * sizeof(Block)));
-    CUDA_CHECK(cudaMemcpy(device_pool, pool.data(), pool.size() * sizeof(Block),
-                          cudaMemcpyHostToDevice));
+    const size_t pool_bytes = pool.size() * sizeof(Block);
+    void* blocks;
+    NIBBLE_CUDA(cudaMalloc(&blocks, pool_bytes));
+    NIBBLE_CUDA(cudaMemcpy(blocks, pool.data(), pool_bytes, cudaMemcpyHostToDevice));
     const TileGrid grid(rows, columns);
-    const size_t count =
-        std::max<size_t>(1, (total_bytes + bytes() - 1) / bytes());
-    for (size_t i = 0; i < count; ++i) {
-      Layout* copy;
-      CUDA_CHECK(cudaMalloc(&copy, bytes()));
-      pack_kernel<<<uint32_t((grid.tiles() + 3) / 4), 128>>>(
-          device_pool, uint32_t(pool.size()), rows, columns, grid.column_tiles, grid.tiles(), copy);
-      CUDA_CHECK(cudaGetLastError());
-      copies.push_back(copy);
+    copies.resize(std::max<size_t>(1, (total_bytes + bytes() - 1) / bytes()));
+    for (Layout*& copy : copies) {
+      NIBBLE_CUDA(cudaMalloc(&copy, bytes()));
+      for (uint32_t tile = 0; tile < grid.row_tiles; tile += kPoolRowTiles) {
+        const uint32_t left = std::min(rows - tile * kTileRows, kPoolRowTiles * kTileRows);
+        pack_on_device(nullptr, layout_id<Layout>(), blocks, left, columns, tile, copy);
+      }
     }
-    CUDA_CHECK(cudaDeviceSynchronize());
-    CUDA_CHECK(cudaFree(device_pool));
+    NIBBLE_CUDA(cudaDeviceSynchronize());
+    NIBBLE_CUDA(cudaFree(blocks));
   }
   ~Matrix() {
     for (Layout* copy : copies) cudaFree(copy);
@@ -127,10 +97,9 @@ struct Matrix {
 
   void row_values(uint32_t row, std::vector<float>& values) const {
     const uint32_t row_blocks = columns / Block::kValues;
-    for (uint32_t i = 0; i < row_blocks; ++i) {
-      dequantize(pool[(uint64_t(row) * row_blocks + i) % pool.size()],
-                 values.data() + size_t(i) * Block::kValues);
-    }
+    const Block* blocks = pool.data() + size_t(row % (kPoolRowTiles * kTileRows)) * row_blocks;
+    for (uint32_t i = 0; i < row_blocks; ++i)
+      dequantize(blocks[i], values.data() + size_t(i) * Block::kValues);
   }
 };
 
@@ -160,11 +129,12 @@ struct Activations {
         parts[1][group % 2] = f32_to_f16(mean - f16_to_f32(parts[0][group % 2]));
       }
     }
-    CUDA_CHECK(cudaMalloc(&device_values, packed.size() * 2));
-    CUDA_CHECK(cudaMemcpy(device_values, packed.data(), packed.size() * 2, cudaMemcpyHostToDevice));
-    CUDA_CHECK(cudaMalloc(&device_means, means.size() * sizeof means[0]));
-    CUDA_CHECK(cudaMemcpy(device_means, means.data(), means.size() * sizeof means[0],
-                          cudaMemcpyHostToDevice));
+    NIBBLE_CUDA(cudaMalloc(&device_values, packed.size() * 2));
+    NIBBLE_CUDA(
+        cudaMemcpy(device_values, packed.data(), packed.size() * 2, cudaMemcpyHostToDevice));
+    NIBBLE_CUDA(cudaMalloc(&device_means, means.size() * sizeof means[0]));
+    NIBBLE_CUDA(cudaMemcpy(device_means, means.data(), means.size() * sizeof means[0],
+                           cudaMemcpyHostToDevice));
   }
   ~Activations() {
     cudaFree(device_values);
@@ -173,80 +143,48 @@ struct Activations {
   Activations(const Activations&) = delete;
 };
 
-int multiprocessors() {
-  int count;
-  CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
-  return count;
-}
-
-// Launches with or without programmatic dependent launch.
-template <class First, class Second, int kWarps, int kStages>
-bool launch(cudaStream_t stream, FewRowsArgs args, uint32_t slots, bool dependent) {
-  constexpr size_t kLargest = std::max(sizeof(First), sizeof(Second));
-  const FewRowsShared shared(kWarps * kStages * kLargest, kWarps, kStages, args.column_tiles,
-                             args.rows);
-  const auto kernel = few_rows_kernel<First, Second, kWarps, kStages>;
-  // One block a multiprocessor must not share it with the next kernel's: blocks would pile up.
-  const uint32_t bytes = slots == 1 ? std::max(shared.bytes, 116u << 10) : shared.bytes;
-  if (bytes > (slots == 1 ? 227u << 10 : 113u << 10)) return false;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(bytes)));
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  const uint32_t row_tiles = (args.weights[0].rows + kTileRows - 1) / kTileRows;
-  config.gridDim = std::min<uint32_t>(slots * multiprocessors(), row_tiles);
-  args.first_layout_blocks = config.gridDim.x;
-  if constexpr (!std::is_same_v<Second, NoLayout>) {
-    const double first = double(args.weights[0].rows) * sizeof(First);
-    const double second = double(args.weights[1].rows) * sizeof(Second);
-    args.first_layout_blocks = uint32_t(std::lround(config.gridDim.x * first / (first + second)));
-  }
-  config.blockDim = kWarps * kLanes;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
-  return true;
+DeviceShape device_shape() {
+  int multiprocessors, shared_bytes;
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
 }
 
 // Median microseconds of one launch in a graph of `launches`.
 template <class Record>
 double time_graph(int launches, Record record) {
   cudaStream_t stream;
-  CUDA_CHECK(cudaStreamCreate(&stream));
+  NIBBLE_CUDA(cudaStreamCreate(&stream));
   cudaGraph_t graph;
   cudaGraphExec_t executable;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   for (int i = 0; i < launches; ++i) record(stream, i);
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
+  NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
   cudaEvent_t start, stop;
-  CUDA_CHECK(cudaEventCreate(&start));
-  CUDA_CHECK(cudaEventCreate(&stop));
+  NIBBLE_CUDA(cudaEventCreate(&start));
+  NIBBLE_CUDA(cudaEventCreate(&stop));
   std::vector<float> times;
   for (int i = 0; i < 13; ++i) {
-    CUDA_CHECK(cudaEventRecord(start, stream));
-    CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    CUDA_CHECK(cudaEventRecord(stop, stream));
-    CUDA_CHECK(cudaEventSynchronize(stop));
+    NIBBLE_CUDA(cudaEventRecord(start, stream));
+    NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
+    NIBBLE_CUDA(cudaEventRecord(stop, stream));
+    NIBBLE_CUDA(cudaEventSynchronize(stop));
     float ms;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+    NIBBLE_CUDA(cudaEventElapsedTime(&ms, start, stop));
     if (i >= 2) times.push_back(ms);
   }
   std::sort(times.begin(), times.end());
-  CUDA_CHECK(cudaGraphExecDestroy(executable));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  CUDA_CHECK(cudaStreamDestroy(stream));
+  NIBBLE_CUDA(cudaGraphExecDestroy(executable));
+  NIBBLE_CUDA(cudaGraphDestroy(graph));
+  NIBBLE_CUDA(cudaStreamDestroy(stream));
   return times[times.size() / 2] * 1e3 / launches;
 }
 
 // |output - expected| / |expected| over sampled rows, in double.
 template <class Layout>
 double relative_error(const Matrix<Layout>& matrix, const Activations& activations,
-                      const std::vector<float>& output) {
+                      const std::vector<float>& output, uint32_t parts) {
   std::vector<uint32_t> sample;
   for (uint32_t i = 0; i < 40; ++i) {
     sample.push_back(i % matrix.rows);
@@ -262,8 +200,9 @@ double relative_error(const Matrix<Layout>& matrix, const Activations& activatio
       for (uint32_t k = 0; k < matrix.columns; ++k)
         expected += double(weights[k]) * activations.values[size_t(i) * matrix.columns + k];
       const size_t at = size_t(i) * matrix.rows + row;
-      const double actual =
-          double(output[at]) + output[size_t(activations.rows) * matrix.rows + at];
+      double actual = 0;
+      for (uint32_t part = 0; part < parts; ++part)
+        actual += output[size_t(part) * activations.rows * matrix.rows + at];
       difference += (actual - expected) * (actual - expected);
       magnitude += expected * expected;
     }
@@ -276,63 +215,54 @@ struct Shape {
   uint32_t rows, columns;
 };
 
-template <class Layout, int kWarps, int kStages>
-void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows, uint32_t slots,
-             uint32_t prefetch_tiles) {
+template <class Layout>
+void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   const Activations activations(rows, matrix.columns);
+  const FewRowsLaunch launch = choose_few_rows(device_shape(), layout_id<Layout>(), matrix.rows, {},
+                                               0, matrix.columns, rows);
   float* output;
-  const size_t outputs = size_t(2) * rows * matrix.rows;
-  CUDA_CHECK(cudaMalloc(&output, outputs * 4));
-  CUDA_CHECK(cudaMemset(output, 0xff, outputs * 4));  // NaN where nothing is written
+  const size_t outputs = size_t(launch.parts()) * rows * matrix.rows;
+  NIBBLE_CUDA(cudaMalloc(&output, outputs * 4));
+  NIBBLE_CUDA(cudaMemset(output, 0xff, outputs * 4));  // NaN where nothing is written
   FewRowsArgs args = {};
   args.weights[0] = {matrix.copies[0], matrix.rows, 0};
-  args.column_tiles = matrix.columns / kTileColumns;
+  args.column_tiles = TileGrid(matrix.rows, matrix.columns).column_tiles;
   args.rows = rows;
-  args.prefetch_tiles = prefetch_tiles;
   args.activations = activations.device_values;
   args.means = activations.device_means;
   args.output = output;
   args.output_stride = matrix.rows;
 
-  const std::string type(sizeof(Layout) == sizeof(CudaQ6Tiled) ? "Q6_K" : sizeof(Layout) == sizeof(CudaQ4Tiled) ? "Q4_K/Q4_0" : "other");
-  if (!launch<Layout, NoLayout, kWarps, kStages>(nullptr, args, slots, false)) {
-    CUDA_CHECK(cudaFree(output));
-    return;
-  }
-  CUDA_CHECK(cudaDeviceSynchronize());
-  std::vector<float> result(outputs);
-  CUDA_CHECK(cudaMemcpy(result.data(), output, outputs * 4, cudaMemcpyDeviceToHost));
-  const double error = relative_error(matrix, activations, result);
-
-  const int launches = std::max<int>(24, 2 * int(matrix.copies.size()));
-  const double us = time_graph(launches, [&](cudaStream_t stream, int i) {
+  const auto start = [&](cudaStream_t stream, int i) {
     args.weights[0].tiles = matrix.copies[i % matrix.copies.size()];
-    launch<Layout, NoLayout, kWarps, kStages>(stream, args, slots, true);
-  });
-  // Bytes that must move: weights, activations once, both parts of the result.
-  const double bytes =
-      double(matrix.bytes()) + double(rows) * (matrix.columns * 2 + matrix.rows * 8);
-  std::printf("%-9s %-9s rows %u  %2dx%d x%u +%u  %8.2f us %5.0f GB/s %5.1f %%  error %.1e%s\n",
-              shape.name, type.c_str(), rows, kWarps, kStages, slots, prefetch_tiles, us,
-              bytes / us / 1e3, bytes / us / 10 / kPeakGbPerS, error,
-              error < 1e-3 ? "" : "  WRONG");
+    launch_few_rows(stream, layout_id<Layout>(), {}, args, launch);
+  };
+  start(nullptr, 0);
+  NIBBLE_CUDA(cudaDeviceSynchronize());
+  std::vector<float> result(outputs);
+  NIBBLE_CUDA(cudaMemcpy(result.data(), output, outputs * 4, cudaMemcpyDeviceToHost));
+  const double error = relative_error(matrix, activations, result, launch.parts());
+
+  const double us = time_graph(std::max<int>(24, 2 * int(matrix.copies.size())), start);
+  // Bytes that must move: weights, activations once, the parts of the result.
+  const double bytes = double(matrix.bytes()) +
+                       double(rows) * (matrix.columns * 2 + matrix.rows * 4.0 * launch.parts());
+  std::printf(
+      "| %-9s | %6u x %-5u | %-4s | %u | %8.2f | %5.0f | %5.1f %% | %s, %u chunks | %.1e%s |\n",
+      shape.name, matrix.rows, matrix.columns,
+      std::string(quant::quant_traits(Layout::kSource).name).c_str(), rows, us, bytes / us / 1e3,
+      bytes / us / 10 / kPeakGbPerS, launch.wide ? "wide" : "narrow", launch.column_chunks, error,
+      error < 1e-3 ? "" : " WRONG");
   std::fflush(stdout);
-  CUDA_CHECK(cudaFree(output));
+  NIBBLE_CUDA(cudaFree(output));
 }
 
 constexpr size_t kRotate = size_t(600) << 20;
 
 template <class Layout>
-void sweep(const Shape& shape) {
+void measure_rows(const Shape& shape, std::initializer_list<uint32_t> all_rows) {
   const Matrix<Layout> matrix(shape.rows, shape.columns, kRotate);
-  for (const uint32_t prefetch : {0, 1, 2, 3}) {
-    measure<Layout, 8, 2>(shape, matrix, 1, 2, prefetch);
-    measure<Layout, 8, 3>(shape, matrix, 1, 2, prefetch);
-    measure<Layout, 16, 2>(shape, matrix, 1, 1, prefetch);
-    measure<Layout, 16, 3>(shape, matrix, 1, 1, prefetch);
-    measure<Layout, 12, 2>(shape, matrix, 1, 1, prefetch);
-    measure<Layout, 12, 3>(shape, matrix, 1, 1, prefetch);
-  }
+  for (const uint32_t rows : all_rows) measure<Layout>(shape, matrix, rows);
 }
 
 }  // namespace
@@ -343,30 +273,23 @@ int main() {
     std::printf("no CUDA device: nothing to measure\n");
     return 0;
   }
-  std::printf("device: %s, %d multiprocessors, %d MB L2; 100 %% = %.0f GB/s\n", properties.name,
+  std::printf("%s, %d multiprocessors, %d MB L2; 100 %% = %.0f GB/s\n\n", properties.name,
               properties.multiProcessorCount, properties.l2CacheSize >> 20, kPeakGbPerS);
-  sweep<CudaQ4Tiled>({"gate+up", 43008, 5376});
-  sweep<CudaQ4Tiled>({"down", 5376, 21504});
-  sweep<CudaQ6Tiled>({"down", 5376, 21504});
-  sweep<CudaQ6Tiled>({"head", 262144, 5376});
-  sweep<CudaQ4Tiled>({"qkv slide", 16384, 5376});
-  sweep<CudaQ4Tiled>({"qk full", 18432, 5376});
-  sweep<CudaQ4Tiled>({"o slide", 5376, 8192});
-  sweep<CudaQ4Tiled>({"o full", 5376, 16384});
-  {
-    const Shape shape{"gate+up", 43008, 5376};
-    const Matrix<CudaQ4Tiled> matrix(43008, 5376, kRotate);
-    for (const uint32_t rows : {1, 2, 3, 4, 8}) measure<CudaQ4Tiled, 16, 2>(shape, matrix, rows, 1, 2);
-  }
-  const auto check = [&]<class Layout>(Layout*, const char* name) {
-    const Shape shape{name, 5000, 2048};
-    const Matrix<Layout> matrix(5000, 2048, 1);
-    for (const uint32_t rows : {1, 5, 8}) measure<Layout, 4, 3>(shape, matrix, rows, 1, 0);
-  };
-  check(static_cast<CudaQ5Tiled*>(nullptr), "Q5_K");
-  check(static_cast<CudaQ8Tiled*>(nullptr), "Q8_0");
-  check(static_cast<CudaQ4SymmetricTiled*>(nullptr), "Q4_0");
-  check(static_cast<CudaF16Tiled*>(nullptr), "F16");
-  check(static_cast<CudaBf16Tiled*>(nullptr), "BF16");
+  std::printf(
+      "| matrix | shape | type | rows | us | GB/s | of peak | kernel | error |\n"
+      "|---|---|---|---|---|---|---|---|---|\n");
+  measure_rows<CudaQ4Tiled>({"gate+up", 43008, 5376}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"down", 5376, 21504}, {1, 2, 4, 8});
+  measure_rows<CudaQ6Tiled>({"down", 5376, 21504}, {1, 2, 4, 8});
+  measure_rows<CudaQ6Tiled>({"head", 262144, 5376}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"qkv slide", 16384, 5376}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"qk full", 18432, 5376}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"o slide", 5376, 8192}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"o full", 5376, 16384}, {1, 2, 4, 8});
+  measure_rows<CudaQ5Tiled>({"gate+up", 43008, 5376}, {1, 8});
+  measure_rows<CudaQ8Tiled>({"gate+up", 43008, 5376}, {1, 8});
+  measure_rows<CudaQ4SymmetricTiled>({"gate+up", 43008, 5376}, {1, 8});
+  measure_rows<CudaF16Tiled>({"gate+up", 43008, 5376}, {1, 8});
+  measure_rows<CudaBf16Tiled>({"gate+up", 43008, 5376}, {1, 8});
   return 0;
 }

@@ -2,7 +2,7 @@
 // All weight layouts of this room, and packing of whole matrices into them.
 
 #include <cstddef>
-#include <span>
+#include <type_traits>
 
 #include "cuda/layouts/f16_tiled.h"
 #include "cuda/layouts/q4_symmetric_tiled.h"
@@ -12,6 +12,46 @@
 #include "cuda/layouts/q8_tiled.h"
 
 namespace nibble::cuda {
+
+enum class LayoutId : uint32_t { kQ4, kQ5, kQ6, kQ8, kQ4Symmetric, kF16, kBf16 };
+
+// Calls `visit(std::type_identity<Layout>())` with the layout's type.
+template <class Visit>
+decltype(auto) visit_layout(LayoutId id, Visit&& visit) {
+  switch (id) {
+    case LayoutId::kQ4:
+      return visit(std::type_identity<CudaQ4Tiled>());
+    case LayoutId::kQ5:
+      return visit(std::type_identity<CudaQ5Tiled>());
+    case LayoutId::kQ6:
+      return visit(std::type_identity<CudaQ6Tiled>());
+    case LayoutId::kQ8:
+      return visit(std::type_identity<CudaQ8Tiled>());
+    case LayoutId::kQ4Symmetric:
+      return visit(std::type_identity<CudaQ4SymmetricTiled>());
+    case LayoutId::kF16:
+      return visit(std::type_identity<CudaF16Tiled>());
+    case LayoutId::kBf16:
+      break;
+  }
+  return visit(std::type_identity<CudaBf16Tiled>());
+}
+
+template <class Layout>
+constexpr LayoutId layout_id() {
+  constexpr quant::QuantType kSource = Layout::kSource;
+  if (kSource == quant::QuantType::kQ4_K) return LayoutId::kQ4;
+  if (kSource == quant::QuantType::kQ5_K) return LayoutId::kQ5;
+  if (kSource == quant::QuantType::kQ6_K) return LayoutId::kQ6;
+  if (kSource == quant::QuantType::kQ8_0) return LayoutId::kQ8;
+  if (kSource == quant::QuantType::kQ4_0) return LayoutId::kQ4Symmetric;
+  return kSource == quant::QuantType::kF16 ? LayoutId::kF16 : LayoutId::kBf16;
+}
+
+inline uint32_t tile_bytes(LayoutId id) {
+  return visit_layout(
+      id, [](auto layout) { return uint32_t(sizeof(typename decltype(layout)::type)); });
+}
 
 // How many tiles lie over and beside each other in a matrix of [rows, columns].
 struct TileGrid {

@@ -6,10 +6,12 @@
 // cost the same for 1 row as for 8. The first tiles are asked for before the wait for the kernel in
 // front: weights depend on nothing.
 
+#include <algorithm>
 #include <type_traits>
 
-#include "cuda/linear/few_rows.h"
 #include "cuda/linear/fragments.cuh"
+#include "cuda/linear/launch_few_rows.h"
+#include "cuda/runtime.h"
 
 namespace nibble::cuda {
 
@@ -68,54 +70,70 @@ class TileRing {
 #endif
 };
 
-// Dynamic shared memory, in this order.
+// Dynamic shared memory, in this order: the ring, activations, means, partial sums, barriers.
 struct FewRowsShared {
-  uint32_t activations, means, partials, barriers, bytes;  // offsets; the ring is at 0
+  uint32_t activations, means, partials, barriers;  // offsets
 
-  __host__ __device__ FewRowsShared(uint32_t ring_bytes, uint32_t warps, uint32_t stages,
-                                    uint32_t column_tiles, uint32_t rows)
+  __device__ __forceinline__ FewRowsShared(uint32_t ring_bytes, uint32_t warps,
+                                           uint32_t column_tiles, uint32_t rows)
       : activations(ring_bytes),
         means(activations + column_tiles * rows * kTileColumns * 2),
         partials(means + column_tiles * rows * uint32_t(sizeof(ActivationMeans))),
-        barriers(partials + warps * kLanes * uint32_t(sizeof(float4))),
-        bytes(barriers + (warps * stages + 1) * 8) {}
+        barriers(partials + warps * kLanes * uint32_t(sizeof(float4))) {}
 };
 
-// Brings all activations to shared memory, after the kernel in front has written them.
-__device__ inline void load_activations(const FewRowsArgs& args, char* shared,
+// The even share `index` of `shares` of [0, count).
+struct Share {
+  uint32_t begin, end;
+
+  __device__ __forceinline__ Share(uint32_t count, uint32_t index, uint32_t shares) {
+    const uint32_t each = count / shares, rest = count % shares;
+    begin = each * index + min(index, rest);
+    end = begin + each + (index < rest);
+  }
+  __device__ __forceinline__ uint32_t count() const { return end - begin; }
+};
+
+// Brings the activations of the block's columns to shared memory, after the kernel in front has
+// written them.
+__device__ inline void load_activations(const FewRowsArgs& args, Share columns, char* shared,
                                         const FewRowsShared& at, uint64_t* barrier) {
-  const uint32_t value_bytes = args.column_tiles * args.rows * kTileColumns * 2;
-  const uint32_t mean_bytes = args.column_tiles * args.rows * sizeof(ActivationMeans);
+  const uint32_t value_tile = args.rows * kTileColumns * 2;
+  const uint32_t mean_tile = args.rows * sizeof(ActivationMeans);
+  const char* values = static_cast<const char*>(args.activations) + columns.begin * value_tile;
+  const char* means = reinterpret_cast<const char*>(args.means) + columns.begin * mean_tile;
+  const uint32_t value_bytes = columns.count() * value_tile;
+  const uint32_t mean_bytes = columns.count() * mean_tile;
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     ptx::wait_for_dependencies();
     ptx::barrier_expect(barrier, value_bytes + mean_bytes);
-    ptx::bulk_copy(shared + at.activations, args.activations, value_bytes, barrier);
-    ptx::bulk_copy(shared + at.means, args.means, mean_bytes, barrier);
+    ptx::bulk_copy(shared + at.activations, values, value_bytes, barrier);
+    ptx::bulk_copy(shared + at.means, means, mean_bytes, barrier);
   }
   ptx::barrier_wait(barrier, 0);
 #else
   for (uint32_t i = threadIdx.x * 16; i < value_bytes; i += blockDim.x * 16)
     *reinterpret_cast<uint4*>(shared + at.activations + i) =
-        *reinterpret_cast<const uint4*>(static_cast<const char*>(args.activations) + i);
+        *reinterpret_cast<const uint4*>(values + i);
   for (uint32_t i = threadIdx.x * 16; i < mean_bytes; i += blockDim.x * 16)
-    *reinterpret_cast<uint4*>(shared + at.means + i) =
-        *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(args.means) + i);
+    *reinterpret_cast<uint4*>(shared + at.means + i) = *reinterpret_cast<const uint4*>(means + i);
   __syncthreads();
 #endif
 }
 
-// Which of the result's two parts a sum belongs to. kWhole is the first, with zero for the second.
+// Which of a chunk's two parts of the result a sum belongs to. kWhole is the first, with zero for
+// the second.
 enum class Part { kFirst, kSecond, kWhole };
 
 // Stores a lane's sums: of rows g and g + 8 of the tile, for activation rows 2t and 2t + 1.
 __device__ __forceinline__ void store_sums(const FewRowsArgs& args, const PackedRows& weights,
-                                           uint32_t row_tile, uint32_t lane, float4 sums,
-                                           Part part) {
+                                           uint32_t chunk, uint32_t row_tile, uint32_t lane,
+                                           float4 sums, Part part) {
   const uint32_t weight_row = row_tile * kTileRows + lane / 4, row = lane % 4 * 2;
   const uint64_t second = uint64_t(args.rows) * args.output_stride;
-  float* const output = args.output + uint64_t(row) * args.output_stride + weights.first_output +
-                        weight_row + (part == Part::kSecond ? second : 0);
+  float* const output = args.output + (2 * chunk + (part == Part::kSecond)) * second +
+                        uint64_t(row) * args.output_stride + weights.first_output + weight_row;
   const float values[2][2] = {{sums.x, sums.y}, {sums.z, sums.w}};
 #pragma unroll
   for (uint32_t half = 0; half < 2; ++half) {
@@ -133,44 +151,52 @@ __device__ __forceinline__ float4 add(float4 a, float4 b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
-// The even share `index` of `shares` of [0, count).
-struct Share {
-  uint32_t begin, end;
-
-  __device__ __forceinline__ Share(uint32_t count, uint32_t index, uint32_t shares) {
-    const uint32_t each = count / shares, rest = count % shares;
-    begin = each * index + min(index, rest);
-    end = begin + each + (index < rest);
-  }
-};
-
 // The share of block `block` of `blocks`.
 template <class Layout, int kWarps, int kStages>
 __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const PackedRows& weights,
-                                               uint32_t block, uint32_t blocks) {
+                                               const FewRowsLaunch& launch, uint32_t block,
+                                               uint32_t blocks) {
   extern __shared__ __align__(128) char shared[];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const uint32_t column_tiles = args.column_tiles;
-  const FewRowsShared at(kWarps * kStages * sizeof(Layout), kWarps, kStages, column_tiles,
-                         args.rows);
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + at.barriers);
 
+  // Blocks [first, last) have this block's chunk of the columns and share its tiles, row by row.
+  const uint32_t chunks = launch.column_chunks;
+  const uint32_t chunk = block * chunks / blocks;
+  const uint32_t first = (chunk * blocks + chunks - 1) / chunks;
+  const uint32_t last = ((chunk + 1) * blocks + chunks - 1) / chunks;
+  const Share columns(args.column_tiles, chunk, chunks);
+  const uint32_t column_tiles = columns.count();
   const uint32_t row_tiles = (weights.rows + kTileRows - 1) / kTileRows;
-  const Share mine(row_tiles * column_tiles, block, blocks);
+  const Share mine(row_tiles * column_tiles, block - first, last - first);
   const auto warp_begin = [&](uint32_t w) {
-    return mine.begin + Share(mine.end - mine.begin, w, kWarps).begin;
+    return mine.begin + Share(mine.count(), w, kWarps).begin;
   };
   const uint32_t begin = warp_begin(warp), end = warp_begin(warp + 1);
-  const Layout* const source = static_cast<const Layout*>(weights.tiles);
+  uint32_t row_tile = begin / column_tiles, column_tile = begin % column_tiles;
 
+  const FewRowsShared at(kWarps * kStages * sizeof(Layout), kWarps,
+                         (args.column_tiles + chunks - 1) / chunks, args.rows);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + at.barriers);
   TileRing<Layout, kStages> ring(reinterpret_cast<Layout*>(shared) + warp * kStages,
                                  barriers + warp * kStages, lane);
+  const Layout* next = static_cast<const Layout*>(weights.tiles) +
+                       uint64_t(row_tile) * args.column_tiles + columns.begin + column_tile;
+  uint32_t asked = begin, asked_column = column_tile;
+  const auto ask = [&](uint32_t slot) {
+    ring.ask(slot, asked < end ? next : nullptr);
+    ++asked;
+    ++next;
+    if (++asked_column == column_tiles) {
+      asked_column = 0;
+      next += args.column_tiles - column_tiles;
+    }
+  };
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) ring.ask(i, begin + i < end ? source + begin + i : nullptr);
+  for (int i = 0; i < kStages; ++i) ask(i);
   ptx::launch_dependents();
-  if (lane == 0 && begin + kStages < end && args.prefetch_tiles > 0) {
-    const uint32_t tiles = min(end - begin - kStages, args.prefetch_tiles);
-    ptx::prefetch(source + begin + kStages, tiles * uint32_t(sizeof(Layout)));
+  if (lane == 0 && asked < end && launch.prefetch_tiles > 0) {
+    const uint32_t tiles = min(end - asked, chunks == 1 ? launch.prefetch_tiles : 1);
+    ptx::prefetch(next, tiles * uint32_t(sizeof(Layout)));
   }
 
   uint64_t* const activation_barrier = barriers + kWarps * kStages;
@@ -185,7 +211,6 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   // A row tile that spans warps is completed by the one that has its beginning, or the block's
   // first: those that go on with it leave their sums in `partials`. Whose, is known beforehand.
   float4* const partials = reinterpret_cast<float4*>(shared + at.partials) + lane;  // [warp][lane]
-  uint32_t row_tile = begin / column_tiles, column_tile = begin % column_tiles;
   const auto warps_before = [&](uint32_t tile) {
     uint32_t w = warp + 1;
     while (w < kWarps && warp_begin(w) < tile) ++w;
@@ -196,7 +221,7 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   const uint32_t last_end = warps_before((end + column_tiles - 1) / column_tiles * column_tiles);
   const bool leads = begin == mine.begin && column_tile != 0 && begin != end;
 
-  load_activations(args, shared, at, activation_barrier);
+  load_activations(args, columns, shared, at, activation_barrier);
   const uint32_t row = lane / 4 < args.rows ? lane / 4 : 0;  // surplus columns repeat the first
   const uint4* const lane_values =
       reinterpret_cast<const uint4*>(shared + at.activations) + row * (kTileColumns / 8) + lane % 4;
@@ -211,7 +236,7 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
     Fragment<Layout> fragment;
     fragment.load(ring.wait(slot, round), lane);
     __syncwarp();  // all lanes have read the slot
-    ring.ask(slot, tile + kStages < end ? source + tile + kStages : nullptr);
+    ask(slot);
     if (++slot == kStages) slot = 0, ++round;
 
     const uint32_t skip = column_tile * args.rows;
@@ -222,7 +247,7 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
     if (++column_tile == column_tiles) {
       const float4 done{sums[0], sums[1], sums[2], sums[3]};
       if (from_start) {
-        store_sums(args, weights, row_tile, lane, done, Part::kWhole);
+        store_sums(args, weights, chunk, row_tile, lane, done, Part::kWhole);
       } else {
         partials[warp * kLanes] = done;
       }
@@ -238,29 +263,47 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   if (leads) {
     float4 sum = partials[warp * kLanes];
     for (uint32_t w = warp + 1; w < first_end; ++w) sum = add(sum, partials[w * kLanes]);
-    store_sums(args, weights, first_row_tile, lane, sum, Part::kSecond);
+    store_sums(args, weights, chunk, first_row_tile, lane, sum, Part::kSecond);
   }
   if (from_start && column_tile != 0) {
     for (uint32_t w = warp + 1; w < last_end; ++w) rest = add(rest, partials[w * kLanes]);
     const bool has_end = (row_tile + 1) * column_tiles <= mine.end;
-    store_sums(args, weights, row_tile, lane, rest, has_end ? Part::kWhole : Part::kFirst);
+    store_sums(args, weights, chunk, row_tile, lane, rest, has_end ? Part::kWhole : Part::kFirst);
   }
 }
 
-struct NoLayout {};
-
 template <class First, class Second, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps* kLanes, kWarps <= 8 ? 2 : 1) few_rows_kernel(FewRowsArgs args) {
+__global__ void __launch_bounds__(kWarps* kLanes, kWarps <= 8 ? 2 : 1)
+    few_rows_kernel(const __grid_constant__ FewRowsArgs args,
+                    const __grid_constant__ FewRowsLaunch launch) {
   if constexpr (!std::is_same_v<Second, NoLayout>) {
-    if (blockIdx.x >= args.first_layout_blocks) {
-      few_rows_block<Second, kWarps, kStages>(args, args.weights[1],
-                                              blockIdx.x - args.first_layout_blocks,
-                                              gridDim.x - args.first_layout_blocks);
+    if (blockIdx.x >= launch.first_blocks) {
+      few_rows_block<Second, kWarps, kStages>(args, args.weights[1], launch,
+                                              blockIdx.x - launch.first_blocks,
+                                              gridDim.x - launch.first_blocks);
       return;
     }
   }
-  few_rows_block<First, kWarps, kStages>(args, args.weights[0], blockIdx.x,
-                                         args.first_layout_blocks);
+  few_rows_block<First, kWarps, kStages>(args, args.weights[0], launch, blockIdx.x,
+                                         launch.first_blocks);
+}
+
+template <class First, class Second, bool kWide>
+void launch_few_rows_shape(cudaStream_t stream, const FewRowsArgs& args,
+                           const FewRowsLaunch& launch) {
+  constexpr RingShape kShape = ring_shape(std::max(sizeof(First), sizeof(Second)), kWide);
+  const auto kernel = few_rows_kernel<First, Second, kShape.warps, kShape.stages>;
+  NIBBLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(launch.shared_bytes)));
+  launch_dependent(stream, kernel, launch.blocks, kShape.warps * kLanes, launch.shared_bytes, args,
+                   launch);
+}
+
+template <class First, class Second>
+void launch_few_rows_kernel(cudaStream_t stream, const FewRowsArgs& args,
+                            const FewRowsLaunch& launch) {
+  if (launch.wide) return launch_few_rows_shape<First, Second, true>(stream, args, launch);
+  launch_few_rows_shape<First, Second, false>(stream, args, launch);
 }
 
 }  // namespace nibble::cuda

@@ -1,15 +1,20 @@
 #pragma once
 // Matrix times 1 to 8 activation rows, at the speed of the memory that the weights lie in.
 
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/layouts/activations.h"
 #include "cuda/layouts/layouts.h"
 
 namespace nibble::cuda {
+
+// What the choice of a kernel depends on.
+struct DeviceShape {
+  uint32_t multiprocessors;
+  uint32_t shared_bytes_per_block;  // the most that a block may ask for
+};
 
 // Rows of a weight that are packed in one layout.
 struct PackedRows {
@@ -18,19 +23,50 @@ struct PackedRows {
   uint32_t first_output = 0;  // where their outputs stand in a row of the result
 };
 
-// y = W x. The result comes in two parts that the reader adds: a block works on a contiguous share
-// of the tiles, and where a share ends within a row of tiles, the block that has the row's end
-// writes its sums to the second part. So no block waits for another, and the order of additions is
-// fixed.
+// A block's warps, and the tiles that each of them has in flight. Wide blocks have their
+// multiprocessor to themselves and stream best; narrow ones share it, two by two, and suit small
+// matrices and small devices. Tuned in docs/measurements/decode.md.
+struct RingShape {
+  uint32_t warps, stages;
+};
+constexpr RingShape ring_shape(uint32_t tile_bytes, bool wide) {
+  if (tile_bytes > 6000) return {wide ? 8u : 4u, 2};
+  if (!wide) return {8, 2};
+  return {16, tile_bytes > 4000 ? 2u : 3u};
+}
+
+// How a kernel is started, chosen from sizes alone.
+struct FewRowsLaunch {
+  bool wide;
+  uint32_t blocks;          // in all
+  uint32_t first_blocks;    // of them, those that work on the first layout's rows
+  uint32_t column_chunks;   // so many groups of blocks share the columns, to hold fewer activations
+  uint32_t prefetch_tiles;  // that a warp asks the L2 cache for at its start, past its stages
+  uint32_t shared_bytes;
+
+  // The result comes in so many parts, to be added by its reader.
+  uint32_t parts() const { return 2 * column_chunks; }
+};
+
+// For a weight of `first_rows` rows in one layout and `second_rows` (or none) in another one, times
+// `rows` activation rows.
+FewRowsLaunch choose_few_rows(const DeviceShape& device, LayoutId first, uint32_t first_rows,
+                              std::optional<LayoutId> second, uint32_t second_rows,
+                              uint32_t columns, uint32_t rows);
+
+// Whether one kernel takes both layouts. Otherwise a weight that mixes them takes two.
+bool has_few_rows_kernel(LayoutId first, std::optional<LayoutId> second);
+
+// y = W x. The result comes in parts that the reader adds. A block works on a contiguous share of
+// the tiles; where a share ends within a row of tiles, the block that has the row's end writes its
+// sums to a part of its own. So no block waits for another, and the order of additions is fixed.
 struct FewRowsArgs {
   PackedRows weights[2];  // of the kernel's two layouts; the second may be empty
   uint32_t column_tiles;
   uint32_t rows;                 // of activations, 1 to kMostRows
-  uint32_t first_layout_blocks;  // blocks that work on weights[0]
-  uint32_t prefetch_tiles;       // that a warp asks the L2 cache for, past its ring, at its start
   const void* activations;       // f16, as in activations.h
   const ActivationMeans* means;  // [column tiles, rows]
-  float* output;                 // [2, rows, output_stride]
+  float* output;                 // [parts, rows, output_stride]
   uint32_t output_stride;
 };
 

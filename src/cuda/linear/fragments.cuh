@@ -14,7 +14,7 @@ namespace nibble::cuda {
 
 // One lane's view of the activations of 256 columns: those of row min(g, ...) in reading order.
 struct ActivationLane {
-  const uint4* even_steps;      // chunk of step s at [4 s]
+  const uint4* even_steps;  // chunk of step s at [4 s]
   const uint4* odd_steps;
   uint2 means;  // groups 2t, 2t + 1: f16 pair and what its rounding left
 
@@ -103,8 +103,7 @@ struct Fragment<CudaQ4Tiled> {
     scales.load(tile.scales, lane);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
     float scaled[2][4] = {};
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
@@ -148,15 +147,14 @@ struct Fragment<CudaQ5Tiled> {
   // Pair `pair` of a step's word, as 1024 + q or (odd pairs) 1024 + 16 q.
   __device__ __forceinline__ static uint32_t bits(uint32_t word, uint32_t high, int step,
                                                   int pair) {
-    const uint32_t low = ptx::and_or(word >> (8 * (pair / 2)), pair % 2 ? 0x00f000f0 : 0x000f000f,
-                                     kMagic);
+    const uint32_t low =
+        ptx::and_or(word >> (8 * (pair / 2)), pair % 2 ? 0x00f000f0 : 0x000f000f, kMagic);
     const int shift = 4 * step + pair - (pair % 2 ? 8 : 4);  // to the bit above the nibble
     return ptx::and_or(shift < 0 ? high << -shift : high >> shift,
                        pair % 2 ? 0x01000100 : 0x00100010, low);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
     float scaled[2][4] = {};
     const uint32_t* high_words = reinterpret_cast<const uint32_t*>(&high_bits);
 #pragma unroll
@@ -209,20 +207,18 @@ struct Fragment<CudaQ6Tiled> {
   // scale * (q - 32) of pair `pair` of a step.
   __device__ __forceinline__ static __half2 weights(uint32_t word, uint32_t high, int step,
                                                     int pair, __half2 scale) {
-    const uint32_t low = ptx::and_or(word >> (8 * (pair / 2)), pair % 2 ? 0x00f000f0 : 0x000f000f,
-                                     kMagic);
+    const uint32_t low =
+        ptx::and_or(word >> (8 * (pair / 2)), pair % 2 ? 0x00f000f0 : 0x000f000f, kMagic);
     const int shift = 8 * (step % 2) + 2 * pair - (pair % 2 ? 8 : 4);
-    const __half2 quant =
-        ptx::as_half2(ptx::and_or(shift < 0 ? high << -shift : high >> shift,
-                                  pair % 2 ? 0x03000300 : 0x00300030, low));
+    const __half2 quant = ptx::as_half2(ptx::and_or(shift < 0 ? high << -shift : high >> shift,
+                                                    pair % 2 ? 0x03000300 : 0x00300030, low));
     // 1024 + 32 and 64 + 32
     const __half2 centred = pair % 2 ? __hfma2(quant, half2_of(0.0625f), half2_of(-96.0f))
                                      : __hsub2(quant, half2_of(1056.0f));
     return __hmul2(centred, scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
     float scaled[2][4] = {};
     const uint32_t* h0 = reinterpret_cast<const uint32_t*>(&high_bits[0]);
     const uint32_t* h1 = reinterpret_cast<const uint32_t*>(&high_bits[1]);
@@ -282,8 +278,7 @@ struct Fragment<CudaQ4SymmetricTiled> {
     return __hmul2(centred, scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
       const uint4 values = activations.chunk(step);
@@ -319,8 +314,7 @@ struct Fragment<CudaQ8Tiled> {
     return __hmul2(__hsub2(quant, half2_of(1152.0f)), scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
       const uint4 values = activations.chunk(step);
@@ -330,8 +324,8 @@ struct Fragment<CudaQ8Tiled> {
         const int word = step % 2 * 2 + pairs;
         const uint32_t w0 = reinterpret_cast<const uint32_t*>(&quants[step / 2])[word];
         const uint32_t w1 = reinterpret_cast<const uint32_t*>(&quants[4 + step / 2])[word];
-        const __half2 a[4] = {weights(w0, false, s0), weights(w1, false, s1),
-                              weights(w0, true, s0), weights(w1, true, s1)};
+        const __half2 a[4] = {weights(w0, false, s0), weights(w1, false, s1), weights(w0, true, s0),
+                              weights(w1, true, s1)};
         ptx::multiply_add(sums, a, pairs ? values.z : values.x, pairs ? values.w : values.y);
       }
     }
@@ -352,8 +346,7 @@ struct Fragment<CudaHalfTiled<Block, kType>> {
     return __floats2half2_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations,
-                                           float sums[4]) const {
+  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
       const uint4 right = activations.chunk(step);

@@ -1,0 +1,8 @@
+#include "cuda/linear/few_rows.cuh"
+
+namespace nibble::cuda {
+
+template void launch_few_rows_kernel<CudaQ4Tiled, CudaQ6Tiled>(cudaStream_t, const FewRowsArgs&,
+                                                               const FewRowsLaunch&);
+
+}  // namespace nibble::cuda
