@@ -1,9 +1,9 @@
 #pragma once
 // The kernels of attention/kernels.h, written once and compiled by each attention_ISA.cc.
 //
-// Scores are dot products of kScoreRows query rows with four keys at a time: enough independent
+// Scores are dot products of kTileRows query rows with four keys at a time: enough independent
 // sums to hide the latency of multiply_add, few enough for the registers, and each loaded vector
-// is used in several products. The weighted sum of values does the same with kSumRows rows and
+// is used in several products. The weighted sum of values does the same with kTileRows rows and
 // kSumVectors vectors of head_dim. Halves are widened as they are loaded, or, when many rows will
 // read them, once into a page of floats: the arithmetic is the same.
 
@@ -16,8 +16,7 @@ namespace {
 using backend::kKvPageTokens;
 
 constexpr bool kFewRegisters = SimdFloat::kLanes == 8;  // AVX2 has 16, the others 32
-constexpr uint32_t kScoreRows = kFewRegisters ? 2 : 4;
-constexpr uint32_t kSumRows = kFewRegisters ? 2 : 4;
+constexpr uint32_t kTileRows = kFewRegisters ? 2 : 4;
 constexpr uint32_t kSumVectors = 4;
 constexpr uint32_t kRowsWorthWidening = 9;
 
@@ -28,6 +27,20 @@ inline uint32_t smaller(uint32_t a, uint32_t b) {
 }
 inline uint32_t larger(uint32_t a, uint32_t b) {
   return a > b ? a : b;
+}
+
+template <uint32_t kRows>
+struct RowTile {
+  static constexpr uint32_t kCount = kRows;
+};
+
+// Calls body(RowTile<n>{}, row) for tiles of kRows rows and one of those that are left.
+template <uint32_t kRows, class Body>
+inline void for_row_tiles(uint32_t rows, const Body& body, uint32_t row = 0) {
+  for (; row + kRows <= rows; row += kRows) body(RowTile<kRows>{}, row);
+  if constexpr (kRows > 1) {
+    if (row < rows) for_row_tiles<kRows - 1>(rows, body, row);
+  }
 }
 
 // Which keys of a page somebody sees, counted from the page's first.
@@ -62,13 +75,10 @@ void score_rows(const float* const* queries,  // [kRows] of [head_dim]
 template <class Element>
 void score_page(const QueryBlock& block, const Element* keys, PageRange range,
                 AttentionScratch& scratch) {
-  uint32_t row = 0;
-  for (; row + kScoreRows <= block.rows; row += kScoreRows) {
-    score_rows<kScoreRows>(block.queries + row, keys, range, block.head_dim, scratch.scores + row);
-  }
-  for (; row < block.rows; ++row) {
-    score_rows<1>(block.queries + row, keys, range, block.head_dim, scratch.scores + row);
-  }
+  for_row_tiles<kTileRows>(block.rows, [&](auto rows, uint32_t row) {
+    score_rows<decltype(rows)::kCount>(block.queries + row, keys, range, block.head_dim,
+                                       scratch.scores + row);
+  });
 }
 
 // Turns a row's scores into exp(scale * score - maximum), 0 where the row does not look.
@@ -151,14 +161,10 @@ void sum_rows(const AttentionScratch& scratch, uint32_t row, const Element* page
 template <class Element>
 void sum_page(const QueryBlock& block, const Element* page_values, PageRange range,
               const AttentionScratch& scratch, const SoftmaxState& state) {
-  uint32_t row = 0;
-  const auto values = [&] { return state.values + size_t{row} * block.head_dim; };
-  for (; row + kSumRows <= block.rows; row += kSumRows) {
-    sum_rows<kSumRows>(scratch, row, page_values, range, block.head_dim, values());
-  }
-  for (; row < block.rows; ++row) {
-    sum_rows<1>(scratch, row, page_values, range, block.head_dim, values());
-  }
+  for_row_tiles<kTileRows>(block.rows, [&](auto rows, uint32_t row) {
+    sum_rows<decltype(rows)::kCount>(scratch, row, page_values, range, block.head_dim,
+                                     state.values + size_t{row} * block.head_dim);
+  });
 }
 
 void clear(const QueryBlock& block, const SoftmaxState& state) {
