@@ -1,5 +1,6 @@
 // What the models predict, against the numbers that others reach with the same files.
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -41,6 +42,9 @@ struct Expected {
   std::string model;
   double llama_cpp_nll;
 };
+void PrintTo(const Expected& expected, std::ostream* out) {
+  *out << expected.model;
+}
 
 class Nll : public testing::TestWithParam<Expected> {};
 
@@ -49,7 +53,7 @@ TEST_P(Nll, IsNoWorseThanLlamaCpps) {
   const json::value result = eval(GetParam().model, {});
   EXPECT_EQ(number(result, "/predictions"), 127 * 512);
   const double nll = number(result, "/nll");
-  RecordProperty("nll", std::to_string(nll));
+  fmt::print("{}: nll {:.6f}, llama.cpp {:.6f}\n", GetParam().model, nll, GetParam().llama_cpp_nll);
   EXPECT_LE(nll, GetParam().llama_cpp_nll + kMargin);
   // Much better would mean that it was not this text that was predicted.
   EXPECT_GE(nll, GetParam().llama_cpp_nll - 0.05);
@@ -76,7 +80,7 @@ class Divergence : public testing::TestWithParam<std::string> {};
 
 TEST_P(Divergence, OfQuantisedActivationsIsThatOf8Bits) {
   const json::value result = eval(GetParam(), {"--limit", "8", "--against-backend", "reference"});
-  RecordProperty("kl_mean", std::to_string(number(result, "/kl/mean")));
+  fmt::print("{}: mean KL {:.3g}\n", GetParam(), number(result, "/kl/mean"));
   EXPECT_LE(number(result, "/kl/mean"), 0.0008);
   EXPECT_GE(number(result, "/top1_agreement"), 0.97);
 }
@@ -95,13 +99,14 @@ INSTANTIATE_TEST_SUITE_P(Models, Divergence,
 TEST(FloatActivations, DivergeByRoundingOnly) {
   const json::value result =
       eval("micro-gemma4-f16", {"--limit", "8", "--against-backend", "reference"});
+  fmt::print("f32 activations: mean KL {:.3g}\n", number(result, "/kl/mean"));
   EXPECT_LE(number(result, "/kl/mean"), 1e-6);
 }
 
 TEST(F16Cache, DivergesLittle) {
   const json::value result =
       eval("micro-gemma4-f16", {"--limit", "8", "--kv", "f16", "--against-kv", "f32"});
-  RecordProperty("kl_mean", std::to_string(number(result, "/kl/mean")));
+  fmt::print("f16 cache: mean KL {:.3g}\n", number(result, "/kl/mean"));
   EXPECT_GT(number(result, "/kl/mean"), 0);
   EXPECT_LE(number(result, "/kl/mean"), 1e-6);
 }
