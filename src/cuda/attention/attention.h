@@ -12,6 +12,7 @@
 
 #include "backend/kv_format.h"
 #include "backend/plan.h"
+#include "cuda/attention/attention_choice.h"
 #include "cuda/layouts/activations.h"
 
 namespace nibble::cuda {
@@ -59,23 +60,9 @@ struct AttentionArgs {
   uint32_t parts;
   uint32_t stride;
 
-  void* workspace;        // attention_workspace_bytes(), shared by all layers
+  void* workspace;        // attention_workspace().bytes; all layers may share it
   ActivationRows output;  // [rows, query_width]
 };
-
-// How a layer's rows are shared among blocks: a pure function of sizes.
-struct AttentionLaunch {
-  uint32_t rows;
-  // Rows [0, single_rows) are each the only one of its sequence in the step: norms, RoPE and
-  // storing are part of their attention kernel, and their keys are split over `splits` blocks.
-  uint32_t single_rows;
-  uint32_t splits;
-};
-AttentionLaunch choose_attention(uint32_t multiprocessors, const backend::AttentionShape& shape,
-                                 uint32_t rows, uint32_t single_rows);
-
-uint64_t attention_workspace_bytes(const backend::AttentionShape& shape,
-                                   const AttentionLaunch& launch);
 
 // Starts the kernels: one for single rows and one that merges their splits; one that stores the
 // other rows' queries, keys and values and one that attends. Other rows of one sequence stand

@@ -27,8 +27,8 @@ NIBBLE_HOST_DEVICE inline uint64_t activation_index(uint32_t row, uint32_t colum
   return (uint64_t(column / kTileColumns) * rows + row) * kTileColumns + 8 * chunk + column % 8;
 }
 
-// Rows on the device, in chunks of kMostRows: chunk i is laid out as activations.h says, by itself,
-// and starts behind the i * kMostRows rows before it. Columns beyond the last one, up to a whole
+// Rows on the device, in chunks of kMostRows: chunk i is laid out as said above, by itself, and
+// starts behind the i * kMostRows rows before it. Columns beyond the last one, up to a whole
 // tile, are zero from the start; nobody writes them.
 struct ActivationRows {
   uint16_t* values;        // f16 [rows, column_tiles * kTileColumns]
