@@ -13,12 +13,12 @@
 #include <variant>
 #include <vector>
 
+#include "backend/host_kv_store.h"
+#include "base/aligned_array.h"
 #include "base/checked_math.h"
 #include "base/error.h"
 #include "base/thread_pool.h"
-#include "cpu/aligned_array.h"
 #include "cpu/attention/attention.h"
-#include "cpu/cpu_kv_store.h"
 #include "cpu/elementwise/elementwise.h"
 #include "cpu/isa.h"
 #include "cpu/linear/linear.h"
@@ -101,7 +101,7 @@ class CpuBackend final : public Backend {
   const Isa isa_;
   const ElementwiseKernels& kernels_;
   ThreadPool pool_;
-  CpuKvStore kv_;
+  backend::HostKvStore kv_;
   const std::vector<KvPlace> kv_places_;
   std::vector<RopeTable> rope_tables_;
   std::map<const Rope*, size_t> rope_table_of_;  // the plan's

@@ -12,7 +12,7 @@
 
 #include "base/error.h"
 #include "base/thread_pool.h"
-#include "reference/host_kv_store.h"
+#include "reference/kv_rows.h"
 #include "reference/linear.h"
 #include "reference/steps.h"
 
@@ -102,7 +102,7 @@ class ReferenceBackend final : public Backend {
   const Plan& plan_;
   const uint32_t ubatch_;
   ThreadPool pool_;
-  HostKvStore kv_;
+  backend::HostKvStore kv_;
   const std::vector<KvPlace> kv_places_;
 
   // Of the running batch.

@@ -86,7 +86,8 @@ void Attention::Job::finish(const Block& block, const QueryBlock& queries,
   kernels.finish(queries, state, outputs);
 }
 
-Attention::Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan, const CpuKvStore& kv)
+Attention::Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan,
+                     const backend::HostKvStore& kv)
     : isa_(isa), pool_(pool), kv_(kv), places_(kv_places(plan, kv.groups())) {
   uint32_t head_dim = 0;
   uint64_t partial_floats = 0;

@@ -5,11 +5,11 @@
 #include <span>
 #include <vector>
 
+#include "backend/host_kv_store.h"
 #include "backend/plan.h"
+#include "base/aligned_array.h"
 #include "base/thread_pool.h"
-#include "cpu/aligned_array.h"
 #include "cpu/attention/kernels.h"
-#include "cpu/cpu_kv_store.h"
 #include "cpu/isa.h"
 
 namespace nibble::cpu {
@@ -28,7 +28,7 @@ struct BatchRows {
 class Attention {
  public:
   // Takes all memory that the plan's AttendSteps need.
-  Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan, const CpuKvStore& kv);
+  Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan, const backend::HostKvStore& kv);
 
   void run(const backend::AttendStep& step, std::span<const BatchRows> sequences,
            const float* query,  // [rows, query_width]
@@ -71,7 +71,7 @@ class Attention {
 
   const Isa isa_;
   ThreadPool& pool_;
-  const CpuKvStore& kv_;
+  const backend::HostKvStore& kv_;
   const std::vector<backend::KvPlace> places_;
   std::vector<ThreadScratch> scratch_;  // [thread]
   AlignedArray<float> partials_;

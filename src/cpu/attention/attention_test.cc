@@ -47,7 +47,7 @@ Plan plan_of(const Case& c) {
 // A sequence of random keys and values. What has not been written is NaN.
 class Sequence {
  public:
-  Sequence(CpuKvStore& store, const Plan& plan, uint32_t length, std::mt19937& random)
+  Sequence(backend::HostKvStore& store, const Plan& plan, uint32_t length, std::mt19937& random)
       : store_(store), shape_(std::get<AttendStep>(plan.steps[0]).shape), kv_(store) {
     kv_.prepare(length);
     std::normal_distribution<float> normal;
@@ -102,7 +102,7 @@ class Sequence {
     }
   }
 
-  CpuKvStore& store_;
+  backend::HostKvStore& store_;
   const AttentionShape shape_;
   KvSequence kv_;
   std::vector<float> keys_, values_;  // [length, kv_width]
@@ -166,7 +166,7 @@ class AttentionTest : public ::testing::TestWithParam<Isa> {
   // Attends with rows [first, first + rows) of one sequence and checks them all.
   void check(const Case& c, uint32_t first, uint32_t rows, uint32_t threads = 2) {
     const Plan plan = plan_of(c);
-    CpuKvStore store(make_kv_groups(plan, c.format), {1000});
+    backend::HostKvStore store(make_kv_groups(plan, c.format), {1000});
     ThreadPool pool(threads);
     Attention attention(GetParam(), pool, plan, store);
     Sequence sequence(store, plan, first + rows, random_);
@@ -241,7 +241,7 @@ TEST_P(AttentionTest, ManyRows) {
 TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
   const Case c{{2, 1, 16}, 0, KvFormat::kF32};
   const Plan plan = plan_of(c);
-  CpuKvStore store(make_kv_groups(plan, c.format), {10});
+  backend::HostKvStore store(make_kv_groups(plan, c.format), {10});
   ThreadPool pool(1);
   Attention attention(GetParam(), pool, plan, store);
   Sequence sequence(store, plan, 40, random_);
@@ -275,7 +275,7 @@ TEST_P(AttentionTest, RowsDoNotDependOnTheirBatch) {
       SCOPED_TRACE(describe(c));
       const Plan plan = plan_of(c);
       const AttendStep& step = std::get<AttendStep>(plan.steps[0]);
-      CpuKvStore store(make_kv_groups(plan, format), {1000});
+      backend::HostKvStore store(make_kv_groups(plan, format), {1000});
       constexpr uint32_t kFirst = 1000, kRows = 70;
       Sequence sequence(store, plan, kFirst + kRows, random_);
       Sequence other(store, plan, 600, random_);

@@ -4,9 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "base/aligned_array.h"
 #include "base/checked_math.h"
 #include "base/error.h"
-#include "cpu/aligned_array.h"
 #include "cpu/linear/kernels.h"
 
 namespace nibble::cpu {

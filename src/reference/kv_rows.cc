@@ -1,4 +1,4 @@
-#include "reference/host_kv_store.h"
+#include "reference/kv_rows.h"
 
 #include <algorithm>
 #include <cstring>
@@ -42,17 +42,8 @@ void decode(KvFormat format, const std::byte* bytes, std::span<float> values) {
 
 }  // namespace
 
-void HostKvStore::copy_page(uint32_t group, backend::PageId from, backend::PageId to) {
-  std::ranges::copy(page(group, from), page(group, to).begin());
-}
-
-void HostKvStore::add_page(uint32_t group, backend::PageId page) {
-  NIBBLE_CHECK(page.value == pages_[group].size());
-  pages_[group].push_back(std::make_unique_for_overwrite<std::byte[]>(groups()[group].page_bytes));
-}
-
-KvRows::KvRows(HostKvStore& store, const backend::KvSequence& sequence, backend::KvPlace place,
-               const backend::KvCacheShape& shape)
+KvRows::KvRows(backend::HostKvStore& store, const backend::KvSequence& sequence,
+               backend::KvPlace place, const backend::KvCacheShape& shape)
     : store_(store),
       table_(sequence.table(place.group)),
       group_(store.groups()[place.group]),
@@ -64,7 +55,7 @@ std::byte* KvRows::row(uint64_t part_offset, uint32_t kv_head, uint32_t position
   const backend::PageId page = table_[position / kKvPageTokens];
   NIBBLE_CHECK(page != backend::kNoPage);
   const uint64_t row = uint64_t{kv_head} * kKvPageTokens + position % kKvPageTokens;
-  return store_.page(group_index_, page).data() + part_offset +
+  return store_.page(group_index_, page) + part_offset +
          row * head_dim_ * element_bytes(group_.format);
 }
 

@@ -5,7 +5,7 @@
 #include <new>
 #include <utility>
 
-namespace nibble::cpu {
+namespace nibble {
 
 // Uninitialised 64-byte aligned memory of trivial values. Throws std::bad_alloc.
 template <class T>
@@ -32,4 +32,4 @@ class AlignedArray {
   T* data_ = nullptr;
 };
 
-}  // namespace nibble::cpu
+}  // namespace nibble
