@@ -25,7 +25,7 @@ build:
 	@cmake --build --preset release --target nibble -j $(JOBS)
 
 demo: setup build
-	build/release/nibble run -p 'Define freedom.' --seed 1
+	build/release/nibble run -p 'What does "harbour" mean?' --seed 2
 
 test: setup
 	@cmake --preset release -DNIBBLE_WERROR=$(WERROR) > /dev/null

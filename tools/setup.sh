@@ -14,6 +14,10 @@ newer_cmake() {  # presets and Boost's packages need 3.25
   version=$(cmake --version | sed -n 's/^cmake version //p')
   printf '3.25\n%s\n' "$version" | sort -C -t. -k1,1n -k2,2n
 }
+has_fuzzer() {
+  echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+    clang++ -fsanitize=fuzzer -x c++ - -o /dev/null
+}
 installed() { dpkg-query -W -f '${Status}' "$1" | grep -q 'ok installed'; }
 
 boost_json() {  # the newest packaged Boost.JSON
@@ -48,7 +52,10 @@ for purpose in "$@"; do
       need python3 command -v python3
       need libboost-json has_header boost/json.hpp
       ;;
-    fuzz) need clang command -v clang++ ;;
+    fuzz)
+      need clang command -v clang++
+      need libclang-rt-dev has_fuzzer
+      ;;
     lint)
       need clang-format command -v clang-format
       need python3 command -v python3

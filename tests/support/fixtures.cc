@@ -32,7 +32,9 @@ std::string read_file(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(stream), {}};
 }
 
-std::vector<float> read_f32(const std::filesystem::path& path) { return read_array<float>(path); }
+std::vector<float> read_f32(const std::filesystem::path& path) {
+  return read_array<float>(path);
+}
 std::vector<int32_t> read_i32(const std::filesystem::path& path) {
   return read_array<int32_t>(path);
 }
