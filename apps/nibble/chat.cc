@@ -42,7 +42,10 @@ std::optional<std::string> read_line() {
     return line;
   }
   const std::unique_ptr<char, decltype(&std::free)> line(::readline("> "), &std::free);
-  if (!line) return std::nullopt;
+  if (!line) {
+    fmt::print(stderr, "\n");  // the shell's prompt gets a line of its own
+    return std::nullopt;
+  }
   if (*line) ::add_history(line.get());
   return std::string(line.get());
 }

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <boost/json.hpp>
 #include <cmath>
@@ -9,6 +10,7 @@
 #include <fstream>
 
 #include "e2e/nibble.h"
+#include "support/small_gemma4.h"
 
 namespace nibble::test {
 namespace {
@@ -48,8 +50,9 @@ class TemporaryFile {
   std::string path() const { return path_.string(); }
 
  private:
+  static inline int made_ = 0;
   std::filesystem::path path_ =
-      std::filesystem::temp_directory_path() / ("nibble_e2e." + std::to_string(::getpid()));
+      std::filesystem::temp_directory_path() / fmt::format("nibble_e2e.{}.{}", ::getpid(), ++made_);
 };
 
 const std::vector<std::string> kQuestion = {"run", "-p", "Define freedom.", "-n", "24"};
@@ -322,6 +325,24 @@ TEST(Bench, MeasuresEachContextAndBatch) {
   EXPECT_TRUE(result.at("device").is_string());
   EXPECT_TRUE(result.at("commit").is_string());
   EXPECT_GT(number(result, "/load_ms"), 0);
+}
+
+TEST(NoTokenizer, WorksWithAllThatNeedsNoText) {
+  const TemporaryFile model;
+  small_gemma4().write(model.path());
+  const Outcome run = nibble({"run", model.path(), "-p", "x"});
+  EXPECT_EQ(run.exit_code, 1);
+  EXPECT_NE(run.err.find("no tokenizer"), std::string::npos) << run.err;
+  expect_failure(nibble({"tokenize", model.path()}, "x"), "no tokenizer");
+
+  const auto expect_works = [](const Outcome& outcome) {
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  };
+  expect_works(nibble({"inspect", model.path()}));
+  expect_works(nibble({"bench", model.path(), "--context", "16", "--generate", "4"}));
+  const TemporaryFile rows, tokens(std::string(64, '\0'));
+  expect_works(nibble({"logits", model.path(), "--ids", "1,2,3", "--out", rows.path()}));
+  expect_works(nibble({"eval", model.path(), "--tokens", tokens.path(), "--window", "4"}));
 }
 
 TEST(Devices, ListsTheProcessor) {
