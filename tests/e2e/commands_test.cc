@@ -219,8 +219,8 @@ TEST(Tokenize, OptionsChangeWhatSpecialsBecome) {
     options.insert(options.begin(), {"tokenize", tiny(), "--json"});
     return parsed(nibble(options, "<turn|>")).as_array();
   };
-  EXPECT_EQ(ids({}), json::array({6}));
-  EXPECT_EQ(ids({"--bos"}), json::array({2, 6}));
+  EXPECT_EQ(ids({}), (json::array{6}));
+  EXPECT_EQ(ids({"--bos"}), (json::array{2, 6}));
   EXPECT_GT(ids({"--no-special"}).size(), 1u);
 }
 
