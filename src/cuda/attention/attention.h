@@ -66,7 +66,7 @@ struct AttentionArgs {
 
 // Starts the kernels: one for single rows and one that merges their splits; one that stores the
 // other rows' queries, keys and values and one that attends. Other rows of one sequence stand
-// together, with ascending positions. Pages of earlier steps are read before the kernel in front
+// together, at consecutive positions. Pages of earlier steps are read before the kernel in front
 // has ended: no kernel of the same step may write them. Throws Error(kUnsupported) for a head_dim
 // or format without a kernel.
 void launch_attention(cudaStream_t stream, const AttentionLayer& layer,

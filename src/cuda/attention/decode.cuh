@@ -1,0 +1,363 @@
+#pragma once
+// Attention of single rows, norms, RoPE and storing included.
+//
+// A block has one row, one KV head with up to 8 of its query heads, and a share of the keys that
+// the row sees. Its warps work by themselves, each on every kWarps-th tile of 16 keys: they keep a
+// tile of keys and one of values in flight, asked for before the wait for the kernel in front,
+// since only the row's own key depends on that. Scores are a transposed product, keys x queries, so
+// that eight query heads fill the columns of a matrix instruction and each key is read from shared
+// memory once; so are the results, head_dim x queries. Softmax is online, per warp; the warps'
+// results meet at the end, the blocks' in the merge kernel.
+
+#include <cmath>
+
+#include "cuda/attention/heads.cuh"
+#include "cuda/attention/keys.cuh"
+#include "cuda/attention/kv_f16.cuh"
+#include "cuda/runtime.h"
+
+namespace nibble::cuda {
+
+// Warps of a block: as many as have room for their tiles in shared memory.
+template <class Kv>
+inline constexpr int kDecodeWarps = Kv::kHeadDim <= 256 ? 8 : 6;
+
+// Dynamic shared memory: per warp a tile of keys and one of values, where its results stand at the
+// end; then the queries, the row's own key and value, and the warps' statistics.
+template <class Kv>
+struct DecodeShared {
+  static constexpr int kWarps = kDecodeWarps<Kv>;
+  static constexpr uint32_t kTileBytes = kKeyTile * Kv::kRowBytes;
+  static constexpr uint32_t kResultStride = Kv::kHeadDim + 4;  // of a query, in floats
+  static_assert(kQueryColumns * kResultStride * 4 <= 2 * kTileBytes);
+
+  static constexpr uint32_t kQueries = kWarps * 2 * kTileBytes;
+  static constexpr uint32_t kOwnKey = kQueries + kQueryColumns * Kv::kRowBytes;
+  static constexpr uint32_t kOwnValue = kOwnKey + Kv::kRowBytes;
+  static constexpr uint32_t kLargest = kOwnValue + Kv::kRowBytes;
+  static constexpr uint32_t kSums = kLargest + kWarps * kQueryColumns * 4;
+  static constexpr uint32_t kBytes = kSums + kWarps * kQueryColumns * 4;
+};
+
+// Which part of the work a block has.
+struct DecodeBlock {
+  uint32_t row, kv_head, first_query, queries, split;
+
+  __device__ DecodeBlock(const AttentionKernelArgs& args, uint32_t index) {
+    const backend::AttentionShape& shape = args.layer.shape;
+    const uint32_t ratio = shape.query_heads / shape.kv_heads;
+    const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
+    split = index % args.launch.splits;
+    index /= args.launch.splits;
+    const uint32_t group = index % groups;
+    index /= groups;
+    kv_head = index % shape.kv_heads;
+    row = index / shape.kv_heads;
+    first_query = kv_head * ratio + group * kQueryColumns;
+    queries = min(ratio - group * kQueryColumns, kQueryColumns);
+  }
+  __device__ bool leads_kv_head(const backend::AttentionShape& shape) const {
+    return first_query % (shape.query_heads / shape.kv_heads) == 0;
+  }
+};
+
+// Brings tiles of one KV head to shared memory.
+template <class Kv>
+class TileReader {
+ public:
+  __device__ TileReader(const AttentionKernelArgs& args, uint32_t kv_head, RowPlace place,
+                        VisibleKeys keys, uint32_t lane)
+      : table_(page_table(args.step, place.sequence)),
+        kv_head_(kv_head),
+        position_(place.position),
+        first_(keys.first),
+        lane_(lane) {}
+
+  // Looks up the pages of a tile, so that their addresses are there when it is asked for.
+  __device__ void look_up(uint32_t tile) {
+    const uint32_t begin = first_ + tile * kKeyTile;
+    pages_[0] = table_[begin / backend::kKvPageTokens];
+    pages_[1] = table_[min(begin + kKeyTile - 1, position_) / backend::kKvPageTokens];
+  }
+
+  // Copies the tile's rows before the row's own position; zeros for the rest.
+  __device__ void ask(uint32_t to, uint64_t layer_offset, uint32_t tile) const {
+    const uint32_t begin = first_ + tile * kKeyTile;
+    const uint32_t stored = position_ - begin;
+    const uint32_t in_first_page =
+        backend::kKvPageTokens - begin % backend::kKvPageTokens;  // rows before the second page
+    const char* const first_page =
+        page_row(pages_[0], layer_offset, kv_head_, begin, Kv::kRowBytes);
+    const char* const second_page = page_row(pages_[1], layer_offset, kv_head_, 0, Kv::kRowBytes) -
+                                    uint64_t(in_first_page) * Kv::kRowBytes;
+#pragma unroll
+    for (uint32_t i = 0; i < kKeyTile * Kv::kChunks / kLanes; ++i) {
+      const uint32_t row = (i * kLanes + lane_) / Kv::kChunks;
+      const uint32_t chunk = (i * kLanes + lane_) % Kv::kChunks;
+      const char* const page = row < in_first_page ? first_page : second_page;
+      const bool copy = row < stored;
+      ptx::copy_async_16_or_zero(to + Kv::chunk_at(row, chunk),
+                                 copy ? page + row * Kv::kRowBytes + chunk * 16 : first_page, copy);
+    }
+  }
+
+ private:
+  const uint64_t* table_;
+  uint32_t kv_head_, position_, first_, lane_;
+  uint64_t pages_[2];
+};
+
+// A warp's running softmax over its tiles. Lane 4 g + t has the queries 2t and 2t + 1.
+template <class Kv>
+struct DecodeState {
+  static constexpr int kDimTiles = Kv::kHeadDim / 16;
+  float results[kDimTiles][4];  // [dims g and g + 8][queries]
+  float largest[2];
+  float sums[2];  // of the keys g and g + 8 alone
+
+  __device__ DecodeState() : results{}, largest{-INFINITY, -INFINITY}, sums{} {}
+
+  // Scores of 16 keys, transposed.
+  __device__ static void scores(uint32_t keys, uint32_t queries, uint32_t lane,
+                                float (&scores)[4]) {
+    const uint32_t key_at = keys + Kv::template square_at<true>(lane);
+    const uint32_t query_at = queries + Kv::chunk_at(lane % 8, lane / 8);
+    float chains[4][4] = {};  // independent sums: the instruction's latency is long
+#pragma unroll
+    for (int step = 0; step < kDimTiles; step += 2) {
+      uint32_t query[4], key[4];
+      ptx::load_matrices(query, Kv::skip_chunks(query_at, 2 * step));
+      ptx::load_matrices(key, Kv::skip_chunks(key_at, 2 * step));
+      ptx::multiply_add(chains[step % 4], key, query[0], query[1]);
+      ptx::load_matrices(key, Kv::skip_chunks(key_at, 2 * step + 2));
+      ptx::multiply_add(chains[step % 4 + 1], key, query[2], query[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      scores[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+  }
+
+  // Scores to weights, as the second operand of the product with the values.
+  __device__ void weigh(const float (&scores)[4], uint32_t (&weights)[2]) {
+    float next[2], shrink[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      next[i] = fmaxf(scores[i], scores[i + 2]);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2)
+        next[i] = fmaxf(next[i], __shfl_xor_sync(kAllLanes, next[i], step));
+      next[i] = fmaxf(next[i], largest[i]);
+      shrink[i] = exp2f(largest[i] - next[i]);
+    }
+    if (__any_sync(kAllLanes, next[0] != largest[0] || next[1] != largest[1])) {
+#pragma unroll
+      for (int tile = 0; tile < kDimTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) results[tile][i] *= shrink[i % 2];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const __half2 rounded = __floats2half2_rn(exp2f(scores[2 * half] - next[0]),
+                                                exp2f(scores[2 * half + 1] - next[1]));
+      sums[0] = (half ? sums[0] : sums[0] * shrink[0]) + __low2float(rounded);
+      sums[1] = (half ? sums[1] : sums[1] * shrink[1]) + __high2float(rounded);
+      weights[half] = ptx::transpose_matrix(ptx::as_bits(rounded));
+    }
+    largest[0] = next[0];
+    largest[1] = next[1];
+  }
+
+  __device__ void add_values(uint32_t values, uint32_t lane, const uint32_t (&weights)[2]) {
+    const uint32_t value_at = values + Kv::template square_at<false>(lane);
+#pragma unroll
+    for (int tile = 0; tile < kDimTiles; ++tile) {
+      uint32_t value[4];
+      ptx::load_matrices_transposed(value, Kv::skip_chunks(value_at, 2 * tile));
+      ptx::multiply_add(results[tile], value, weights[0], weights[1]);
+    }
+  }
+};
+
+// The block's queries to shared memory; where the block has the row's own position, also its key
+// and value, there and to their page.
+template <class Kv>
+__device__ void prepare_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
+                              RowPlace place, bool owns_position, char* shared) {
+  using Shared = DecodeShared<Kv>;
+  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const RowHeads<Kv::kHeadDim> heads(args, block.row, lane);
+  ptx::wait_for_dependencies();
+  const uint32_t tasks = kQueryColumns + (owns_position ? 2 : 0);
+  for (uint32_t task = warp; task < tasks; task += Shared::kWarps) {
+    if (task < kQueryColumns) {
+      char* const to = shared + Shared::kQueries + task * Kv::kRowBytes;
+      WarpHead<Kv::kHeadDim> head = {};
+      if (task < block.queries) head = heads.query(block.first_query + task);
+      head.store(to, task, lane);
+      continue;
+    }
+    const bool is_key = task == kQueryColumns;
+    const WarpHead<Kv::kHeadDim> head =
+        is_key ? heads.key(block.kv_head) : heads.value(block.kv_head);
+    head.store(shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0, lane);
+    if (!block.leads_kv_head(args.layer.shape)) continue;
+    const uint64_t page =
+        page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
+    head.store(page_row(page, is_key ? args.layer.key_offset : args.layer.value_offset,
+                        block.kv_head, place.position, Kv::kRowBytes),
+               0, lane);
+  }
+  __syncthreads();
+}
+
+// A row of f16 from where prepare_heads left it to its place in a tile.
+template <class Kv>
+__device__ __forceinline__ void insert_row(const char* from, char* tile, uint32_t row,
+                                           uint32_t lane) {
+  for (uint32_t chunk = lane; chunk < Kv::kChunks; chunk += kLanes)
+    *reinterpret_cast<uint4*>(tile + Kv::chunk_at(row, chunk)) =
+        *reinterpret_cast<const uint4*>(from + chunk * 16);
+  __syncwarp();
+}
+
+// The warps' results to one partial result of the block.
+template <class Kv>
+__device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock& block,
+                              DecodeState<Kv>& state, char* shared) {
+  using Shared = DecodeShared<Kv>;
+  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const uint32_t group = lane / 4, query = lane % 4 * 2;
+  float* const all_largest = reinterpret_cast<float*>(shared + Shared::kLargest);  // [warp][query]
+  float* const all_sums = reinterpret_cast<float*>(shared + Shared::kSums);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+      state.sums[i] += __shfl_xor_sync(kAllLanes, state.sums[i], step);
+    if (group == 0) all_largest[warp * kQueryColumns + query + i] = state.largest[i];
+  }
+  __syncthreads();
+  float shrink[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float largest = all_largest[query + i];
+#pragma unroll
+    for (int w = 1; w < Shared::kWarps; ++w)
+      largest = fmaxf(largest, all_largest[w * kQueryColumns + query + i]);
+    shrink[i] = exp2f(state.largest[i] - largest);  // 0 for a warp without tiles
+    if (group == 0) all_sums[warp * kQueryColumns + query + i] = state.sums[i] * shrink[i];
+  }
+  float* const results = reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes);
+#pragma unroll
+  for (int tile = 0; tile < DecodeState<Kv>::kDimTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      results[(query + i % 2) * Shared::kResultStride + 16 * tile + group + i / 2 * 8] =
+          state.results[tile][i] * shrink[i % 2];
+  }
+  __syncthreads();
+
+  const auto part = [&](uint32_t q) {
+    return (uint64_t(block.row) * args.layer.shape.query_heads + block.first_query + q) *
+               args.launch.splits +
+           block.split;
+  };
+  constexpr uint32_t kQuads = Kv::kHeadDim / 4;
+  for (uint32_t i = threadIdx.x; i < block.queries * kQuads; i += blockDim.x) {
+    const uint32_t q = i / kQuads, quad = i % kQuads;
+    float4 sum = {};
+#pragma unroll
+    for (int w = 0; w < Shared::kWarps; ++w) {
+      const float4 add = *reinterpret_cast<const float4*>(
+          shared + w * 2 * Shared::kTileBytes + (q * Shared::kResultStride + 4 * quad) * 4);
+      sum = {sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w};
+    }
+    reinterpret_cast<float4*>(args.partials)[part(q) * kQuads + quad] = sum;
+  }
+  if (threadIdx.x < block.queries) {
+    float largest = -INFINITY, sum = 0;
+    for (int w = 0; w < Shared::kWarps; ++w) {
+      largest = fmaxf(largest, all_largest[w * kQueryColumns + threadIdx.x]);
+      sum += all_sums[w * kQueryColumns + threadIdx.x];
+    }
+    args.statistics[part(threadIdx.x)] = {largest, sum};
+  }
+}
+
+template <class Kv>
+__global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
+    decode_kernel(const __grid_constant__ AttentionKernelArgs args) {
+  using Shared = DecodeShared<Kv>;
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const DecodeBlock block(args, blockIdx.x);
+  const RowPlace place = args.step.places[block.row];
+  const VisibleKeys keys(place.position, args.layer.window);
+  const uint32_t begin = keys.split_begin(block.split, args.launch.splits);
+  const uint32_t end = keys.split_begin(block.split + 1, args.launch.splits);
+  if (begin == end) return;
+
+  char* const key_tile = shared + warp * 2 * Shared::kTileBytes;
+  char* const value_tile = key_tile + Shared::kTileBytes;
+  const uint32_t key_address = ptx::shared_address(key_tile);
+  const uint32_t value_address = ptx::shared_address(value_tile);
+  TileReader<Kv> reader(args, block.kv_head, place, keys, lane);
+  const auto look_up = [&](uint32_t tile) {
+    if (tile < end) reader.look_up(tile);
+  };
+  const auto ask = [&](uint32_t to, uint64_t layer_offset, uint32_t tile) {
+    if (tile < end) reader.ask(to, layer_offset, tile);
+    ptx::copy_async_commit();
+  };
+  const uint32_t first_tile = begin + warp;
+  look_up(first_tile);
+  ask(key_address, args.layer.key_offset, first_tile);
+  ask(value_address, args.layer.value_offset, first_tile);
+  look_up(first_tile + Shared::kWarps);
+  ptx::launch_dependents();
+  prepare_heads<Kv>(args, block, place, end == keys.tiles, shared);
+
+  DecodeState<Kv> state;
+  const uint32_t queries = ptx::shared_address(shared + Shared::kQueries);
+  for (uint32_t tile = first_tile; tile < end; tile += Shared::kWarps) {
+    const uint32_t own_row = place.position - keys.first - tile * kKeyTile;  // or beyond the tile
+    ptx::copy_async_wait<1>();
+    __syncwarp();
+    if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnKey, key_tile, own_row, lane);
+    float scores[4];
+    DecodeState<Kv>::scores(key_address, queries, lane, scores);
+    __syncwarp();
+    ask(key_address, args.layer.key_offset, tile + Shared::kWarps);
+
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (lane / 4 + i / 2 * 8 > own_row) scores[i] = -INFINITY;
+    uint32_t weights[2];
+    state.weigh(scores, weights);
+
+    ptx::copy_async_wait<1>();
+    __syncwarp();
+    if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnValue, value_tile, own_row, lane);
+    state.add_values(value_address, lane, weights);
+    __syncwarp();
+    ask(value_address, args.layer.value_offset, tile + Shared::kWarps);
+    look_up(tile + 2 * Shared::kWarps);
+  }
+  combine_warps<Kv>(args, block, state, shared);
+}
+
+template <class Kv>
+void launch_decode(cudaStream_t stream, const AttentionKernelArgs& args) {
+  constexpr uint32_t kBytes = DecodeShared<Kv>::kBytes;
+  NIBBLE_CUDA(cudaFuncSetAttribute(decode_kernel<Kv>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(kBytes)));
+  const backend::AttentionShape& shape = args.layer.shape;
+  const uint32_t ratio = shape.query_heads / shape.kv_heads;
+  const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
+  launch_dependent(stream, decode_kernel<Kv>,
+                   args.launch.single_rows * shape.kv_heads * groups * args.launch.splits,
+                   kDecodeWarps<Kv> * kLanes, kBytes, args);
+}
+
+}  // namespace nibble::cuda

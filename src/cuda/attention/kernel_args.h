@@ -1,0 +1,27 @@
+#pragma once
+// What all kernels of this folder are given, and the host functions that start them.
+
+#include <cuda_fp16.h>
+
+#include "cuda/attention/attention.h"
+
+namespace nibble::cuda {
+
+struct AttentionKernelArgs {
+  AttentionLayer layer;
+  AttentionLaunch launch;
+  AttentionArgs step;
+  float2* statistics;  // parts of the workspace, shapes as AttentionWorkspace says
+  float* partials;
+  __half* queries;
+};
+
+// Single rows: partial results of every split. For one format, instances by head_dim.
+void launch_decode_f16(cudaStream_t stream, const AttentionKernelArgs& args);
+// Single rows: partial results to activations.
+void launch_merge(cudaStream_t stream, const AttentionKernelArgs& args);
+// The other rows: queries to the workspace, keys and values to their pages; then attention.
+void launch_store_f16(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_prefill_f16(cudaStream_t stream, const AttentionKernelArgs& args);
+
+}  // namespace nibble::cuda
