@@ -53,7 +53,7 @@ std::string contents(std::FILE* file) {
 Outcome run_program(const std::vector<std::string>& command, std::string_view input,
                     double seconds) {
   const File in = temporary_file(), out = temporary_file(), err = temporary_file();
-  std::fwrite(input.data(), 1, input.size(), in.get());
+  if (!input.empty()) std::fwrite(input.data(), 1, input.size(), in.get());
   std::rewind(in.get());
   std::vector<char*> arguments;
   for (const std::string& argument : command) {
