@@ -18,15 +18,16 @@
 
 namespace nibble::cuda {
 
-// Warps of a block: as many as have room for their tiles in shared memory.
+// Warps of a block: as many as have room for their tiles in shared memory. For head_dim 512 that
+// leaves registers for blocks of the merge kernel.
 template <class Kv>
-inline constexpr int kDecodeWarps = Kv::kHeadDim <= 256 ? 8 : 6;
+inline constexpr uint32_t kDecodeWarps = Kv::kHeadDim <= 256 ? 8 : 6;
 
 // Dynamic shared memory: per warp a tile of keys and one of values, where its results stand at the
-// end; then the queries, the row's own key and value, and the warps' statistics.
+// end; then the queries, the row's own key and value, the warps' statistics, and RoPE's turns.
 template <class Kv>
 struct DecodeShared {
-  static constexpr int kWarps = kDecodeWarps<Kv>;
+  static constexpr uint32_t kWarps = kDecodeWarps<Kv>;
   static constexpr uint32_t kTileBytes = kKeyTile * Kv::kRowBytes;
   static constexpr uint32_t kResultStride = Kv::kHeadDim + 4;  // of a query, in floats
   static_assert(kQueryColumns * kResultStride * 4 <= 2 * kTileBytes);
@@ -36,7 +37,13 @@ struct DecodeShared {
   static constexpr uint32_t kOwnValue = kOwnKey + Kv::kRowBytes;
   static constexpr uint32_t kLargest = kOwnValue + Kv::kRowBytes;
   static constexpr uint32_t kSums = kLargest + kWarps * kQueryColumns * 4;
-  static constexpr uint32_t kBytes = kSums + kWarps * kQueryColumns * 4;
+  static constexpr uint32_t kTurns = kSums + kWarps * kQueryColumns * 4;
+  static constexpr uint32_t kBytes = kTurns + Kv::kHeadDim / 2 * 8;
+
+  using Turns = float2[Kv::kHeadDim / 2];
+  __device__ static Turns& turns(char* shared) {
+    return *reinterpret_cast<Turns*>(shared + kTurns);
+  }
 };
 
 // Which part of the work a block has.
@@ -90,7 +97,7 @@ class TileReader {
         page_row(pages_[0], layer_offset, kv_head_, begin, Kv::kRowBytes);
     const char* const second_page = page_row(pages_[1], layer_offset, kv_head_, 0, Kv::kRowBytes) -
                                     uint64_t(in_first_page) * Kv::kRowBytes;
-#pragma unroll
+#pragma unroll 4  // code that runs once is slower to fetch than to run
     for (uint32_t i = 0; i < kKeyTile * Kv::kChunks / kLanes; ++i) {
       const uint32_t row = (i * kLanes + lane_) / Kv::kChunks;
       const uint32_t chunk = (i * kLanes + lane_) % Kv::kChunks;
@@ -123,14 +130,17 @@ struct DecodeState {
     const uint32_t key_at = keys + Kv::template square_at<true>(lane);
     const uint32_t query_at = queries + Kv::chunk_at(lane % 8, lane / 8);
     float chains[4][4] = {};  // independent sums: the instruction's latency is long
+#pragma unroll 2              // as above
+    for (int line = 0; line < kDimTiles / 4; ++line) {
 #pragma unroll
-    for (int step = 0; step < kDimTiles; step += 2) {
-      uint32_t query[4], key[4];
-      ptx::load_matrices(query, Kv::skip_chunks(query_at, 2 * step));
-      ptx::load_matrices(key, Kv::skip_chunks(key_at, 2 * step));
-      ptx::multiply_add(chains[step % 4], key, query[0], query[1]);
-      ptx::load_matrices(key, Kv::skip_chunks(key_at, 2 * step + 2));
-      ptx::multiply_add(chains[step % 4 + 1], key, query[2], query[3]);
+      for (int step = 0; step < 4; step += 2) {
+        uint32_t query[4], key[4];
+        ptx::load_matrices(query, Kv::skip_chunks(query_at + line * 128, 2 * step));
+        ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step));
+        ptx::multiply_add(chains[step], key, query[0], query[1]);
+        ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step + 2));
+        ptx::multiply_add(chains[step + 1], key, query[2], query[3]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -179,34 +189,61 @@ struct DecodeState {
   }
 };
 
+// Prepares kCount of the block's heads, every kDecodeWarps<Kv>-th from `first` on: their loads are
+// under way together. Heads are numbered queries, key, value. Ends the wait for the kernel in
+// front.
+template <class Kv, uint32_t kCount>
+__device__ void prepare_warp_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
+                                   RowPlace place, uint32_t first, char* shared) {
+  using Shared = DecodeShared<Kv>;
+  using Head = WarpHead<Kv::kHeadDim>;
+  const AttentionLayer& layer = args.layer;
+  const uint32_t lane = threadIdx.x % kLanes;
+  const auto make = [&](uint32_t i) {
+    if (i < block.queries) return Head(layer, HeadKind::kQuery, block.first_query + i, lane);
+    return Head(layer, i == block.queries ? HeadKind::kKey : HeadKind::kValue, block.kv_head, lane);
+  };
+  Head heads[kCount] = {make(first)};
+  if constexpr (kCount > 1) heads[1] = make(first + kDecodeWarps<Kv>);
+  ptx::wait_for_dependencies();
+#pragma unroll
+  for (Head& head : heads) head.load(args.step, args.launch.rows, block.row);
+#pragma unroll
+  for (uint32_t i = 0; i < kCount; ++i) {
+    const uint32_t index = first + i * kDecodeWarps<Kv>;
+    heads[i].finish(layer, Shared::turns(shared));
+    if (index < block.queries) {
+      heads[i].store(shared + Shared::kQueries + index * Kv::kRowBytes, index);
+      continue;
+    }
+    const bool is_key = index == block.queries;
+    heads[i].store(shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0);
+    if (!block.leads_kv_head(layer.shape)) continue;
+    const uint64_t page =
+        page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
+    const uint64_t offset = is_key ? layer.key_offset : layer.value_offset;
+    heads[i].store(page_row(page, offset, block.kv_head, place.position, Kv::kRowBytes), 0);
+  }
+}
+
 // The block's queries to shared memory; where the block has the row's own position, also its key
-// and value, there and to their page.
+// and value, there and to their page. Unused query columns are zero.
 template <class Kv>
 __device__ void prepare_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
                               RowPlace place, bool owns_position, char* shared) {
   using Shared = DecodeShared<Kv>;
-  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const RowHeads<Kv::kHeadDim> heads(args, block.row, lane);
-  ptx::wait_for_dependencies();
-  const uint32_t tasks = kQueryColumns + (owns_position ? 2 : 0);
-  for (uint32_t task = warp; task < tasks; task += Shared::kWarps) {
-    if (task < kQueryColumns) {
-      char* const to = shared + Shared::kQueries + task * Kv::kRowBytes;
-      WarpHead<Kv::kHeadDim> head = {};
-      if (task < block.queries) head = heads.query(block.first_query + task);
-      head.store(to, task, lane);
-      continue;
-    }
-    const bool is_key = task == kQueryColumns;
-    const WarpHead<Kv::kHeadDim> head =
-        is_key ? heads.key(block.kv_head) : heads.value(block.kv_head);
-    head.store(shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0, lane);
-    if (!block.leads_kv_head(args.layer.shape)) continue;
-    const uint64_t page =
-        page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
-    head.store(page_row(page, is_key ? args.layer.key_offset : args.layer.value_offset,
-                        block.kv_head, place.position, Kv::kRowBytes),
-               0, lane);
+  static_assert(kQueryColumns + 2 <= 2 * kDecodeWarps<Kv>);
+  const uint32_t warp = threadIdx.x / kLanes;
+  const uint32_t count = block.queries + (owns_position ? 2 : 0);
+  compute_turns<Kv::kHeadDim>(args.layer, place.position, Shared::turns(shared));
+  for (uint32_t i = block.queries * Kv::kChunks + threadIdx.x; i < kQueryColumns * Kv::kChunks;
+       i += blockDim.x)
+    reinterpret_cast<uint4*>(shared + Shared::kQueries)[i] = {};
+  __syncthreads();
+  if (warp + kDecodeWarps<Kv> < count) {
+    prepare_warp_heads<Kv, 2>(args, block, place, warp, shared);
+  } else if (warp < count) {
+    prepare_warp_heads<Kv, 1>(args, block, place, warp, shared);
   }
   __syncthreads();
 }
@@ -221,40 +258,46 @@ __device__ __forceinline__ void insert_row(const char* from, char* tile, uint32_
   __syncwarp();
 }
 
-// The warps' results to one partial result of the block.
+// The results of the first `warps` warps, those with tiles, to one partial result of the block.
 template <class Kv>
 __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock& block,
-                              DecodeState<Kv>& state, char* shared) {
+                              uint32_t warps, DecodeState<Kv>& state, char* shared) {
   using Shared = DecodeShared<Kv>;
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const uint32_t group = lane / 4, query = lane % 4 * 2;
   float* const all_largest = reinterpret_cast<float*>(shared + Shared::kLargest);  // [warp][query]
   float* const all_sums = reinterpret_cast<float*>(shared + Shared::kSums);
+  const bool has_tiles = warp < warps;
+  if (has_tiles) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2)
-      state.sums[i] += __shfl_xor_sync(kAllLanes, state.sums[i], step);
-    if (group == 0) all_largest[warp * kQueryColumns + query + i] = state.largest[i];
+      for (int step = 4; step < 32; step *= 2)
+        state.sums[i] += __shfl_xor_sync(kAllLanes, state.sums[i], step);
+      if (group == 0) all_largest[warp * kQueryColumns + query + i] = state.largest[i];
+    }
   }
   __syncthreads();
-  float shrink[2];
+  if (has_tiles) {
+    float shrink[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float largest = all_largest[query + i];
+    for (int i = 0; i < 2; ++i) {
+      float largest = all_largest[query + i];
+      for (uint32_t w = 1; w < warps; ++w)
+        largest = fmaxf(largest, all_largest[w * kQueryColumns + query + i]);
+      shrink[i] = exp2f(state.largest[i] - largest);
+      if (group == 0) all_sums[warp * kQueryColumns + query + i] = state.sums[i] * shrink[i];
+    }
+    float* const results = reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes);
+    if (query < block.queries) {
 #pragma unroll
-    for (int w = 1; w < Shared::kWarps; ++w)
-      largest = fmaxf(largest, all_largest[w * kQueryColumns + query + i]);
-    shrink[i] = exp2f(state.largest[i] - largest);  // 0 for a warp without tiles
-    if (group == 0) all_sums[warp * kQueryColumns + query + i] = state.sums[i] * shrink[i];
-  }
-  float* const results = reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes);
+      for (int tile = 0; tile < DecodeState<Kv>::kDimTiles; ++tile) {
 #pragma unroll
-  for (int tile = 0; tile < DecodeState<Kv>::kDimTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      results[(query + i % 2) * Shared::kResultStride + 16 * tile + group + i / 2 * 8] =
-          state.results[tile][i] * shrink[i % 2];
+        for (int i = 0; i < 4; ++i)
+          results[(query + i % 2) * Shared::kResultStride + 16 * tile + group + i / 2 * 8] =
+              state.results[tile][i] * shrink[i % 2];
+      }
+    }
   }
   __syncthreads();
 
@@ -267,8 +310,8 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
   for (uint32_t i = threadIdx.x; i < block.queries * kQuads; i += blockDim.x) {
     const uint32_t q = i / kQuads, quad = i % kQuads;
     float4 sum = {};
-#pragma unroll
-    for (int w = 0; w < Shared::kWarps; ++w) {
+#pragma unroll 4
+    for (uint32_t w = 0; w < warps; ++w) {
       const float4 add = *reinterpret_cast<const float4*>(
           shared + w * 2 * Shared::kTileBytes + (q * Shared::kResultStride + 4 * quad) * 4);
       sum = {sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w};
@@ -277,7 +320,7 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
   }
   if (threadIdx.x < block.queries) {
     float largest = -INFINITY, sum = 0;
-    for (int w = 0; w < Shared::kWarps; ++w) {
+    for (uint32_t w = 0; w < warps; ++w) {
       largest = fmaxf(largest, all_largest[w * kQueryColumns + threadIdx.x]);
       sum += all_sums[w * kQueryColumns + threadIdx.x];
     }
@@ -344,7 +387,7 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
     ask(value_address, args.layer.value_offset, tile + Shared::kWarps);
     look_up(tile + 2 * Shared::kWarps);
   }
-  combine_warps<Kv>(args, block, state, shared);
+  combine_warps<Kv>(args, block, min(end - begin, Shared::kWarps), state, shared);
 }
 
 template <class Kv>

@@ -8,133 +8,122 @@ namespace nibble::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Cosines and sines of a position: the same for all heads of a row.
+// Cosines and sines of a row's position, the same for all its heads: computed once by the whole
+// block, in shared memory. A barrier must follow.
 template <int kHeadDim>
-struct Turn {
-  static constexpr int kPairs = kHeadDim / 64;
-  float cosine[kPairs], sine[kPairs];
+__device__ void compute_turns(const AttentionLayer& layer, uint32_t position,
+                              float2 (&turns)[kHeadDim / 2]) {
+  for (uint32_t i = threadIdx.x; i < kHeadDim / 2; i += blockDim.x) {
+    const float frequency = layer.inverse_frequencies[i];
+    float2 turn = {1, 0};
+    if (frequency != 0) sincosf(float(position) * frequency, &turn.y, &turn.x);
+    turns[i] = turn;
+  }
+}
 
-  __device__ Turn(const float* inverse_frequencies, uint32_t position, uint32_t lane) {
+enum class HeadKind { kQuery, kKey, kValue };
+
+template <int kHeadDim>
+class WarpHead {
+  static constexpr int kPairs = kHeadDim / 64;
+
+ public:
+  WarpHead() = default;
+  // Head `index` of its kind. Norm weights are read here, before the wait for the sums.
+  __device__ WarpHead(const AttentionLayer& layer, HeadKind kind, uint32_t index, uint32_t lane)
+      : kind_(kind), lane_(lane) {
+    const backend::AttentionShape& shape = layer.shape;
+    column_ = index;
+    if (kind != HeadKind::kQuery) column_ += shape.query_heads;
+    if (kind == HeadKind::kValue && !layer.value_is_key) column_ += shape.kv_heads;
+    column_ *= kHeadDim;
+    const float* const weight = norm(layer).weight;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float frequency = inverse_frequencies[lane + 32 * i];
-      cosine[i] = 1;
-      sine[i] = 0;
-      if (frequency != 0) sincosf(float(position) * frequency, &sine[i], &cosine[i]);
+      weight_low_[i] = weight ? weight[lane + 32 * i] : 1.0f;
+      weight_high_[i] = weight ? weight[lane + 32 * i + kHeadDim / 2] : 1.0f;
     }
   }
-};
 
-template <int kHeadDim>
-struct WarpHead {
-  static constexpr int kPairs = kHeadDim / 64;
-  float low[kPairs], high[kPairs];
-
-  // Adds the parts of the sums of `row` that begin at `column`.
-  __device__ void load(const AttentionArgs& step, uint32_t rows, uint32_t row, uint32_t column,
-                       uint32_t lane) {
+  // Adds the parts of the row's sums.
+  __device__ void load(const AttentionArgs& step, uint32_t rows, uint32_t row) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) low[i] = high[i] = 0;
-    const float* from = step.sums + uint64_t(row) * step.stride + column + lane;
-    for (uint32_t part = 0; part < step.parts; ++part) {
+    for (int i = 0; i < kPairs; ++i) low_[i] = high_[i] = 0;
+    const float* from = step.sums + uint64_t(row) * step.stride + column_ + lane_;
+    const uint64_t part_stride = uint64_t(rows) * step.stride;
+    for (uint32_t part = 0; part < step.parts; part += 2) {
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        low[i] += from[32 * i];
-        high[i] += from[32 * i + kHeadDim / 2];
+        const float* const low = from + 32 * i;
+        const float* const high = low + kHeadDim / 2;
+        low_[i] += low[0] + low[part_stride];
+        high_[i] += high[0] + high[part_stride];
       }
-      from += uint64_t(rows) * step.stride;
+      from += 2 * part_stride;
     }
   }
 
-  __device__ void normalise(const HeadNorm& norm, uint32_t lane) {
-    if (!norm.enabled) return;
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) squares += low[i] * low[i] + high[i] * high[i];
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
-    const float scale = 1.0f / sqrtf(squares / kHeadDim + norm.epsilon);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const uint32_t at = lane + 32 * i;
-      low[i] *= scale * (norm.weight ? norm.weight[at] : 1.0f);
-      high[i] *= scale * (norm.weight ? norm.weight[at + kHeadDim / 2] : 1.0f);
-    }
-  }
-
-  __device__ void rotate(const Turn<kHeadDim>& turn) {
+  // Norm and RoPE. Queries come out multiplied by scale * log2(e), so that softmax is a power of 2.
+  __device__ void finish(const AttentionLayer& layer, const float2 (&turns)[kHeadDim / 2]) {
+    const HeadNorm& norm = this->norm(layer);
+    if (norm.enabled) normalise(norm.epsilon);
+    if (kind_ != HeadKind::kValue) rotate(turns);
+    if (kind_ != HeadKind::kQuery) return;
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float scale = layer.scale * kLog2E;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float x = low[i], y = high[i];
-      low[i] = x * turn.cosine[i] - y * turn.sine[i];
-      high[i] = y * turn.cosine[i] + x * turn.sine[i];
-    }
-  }
-
-  __device__ void scale(float factor) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      low[i] *= factor;
-      high[i] *= factor;
+      low_[i] *= scale;
+      high_[i] *= scale;
     }
   }
 
   // As f16; chunks of 16 bytes change places by `swizzle`.
-  __device__ void store(void* row, uint32_t swizzle, uint32_t lane) const {
+  __device__ void store(void* row, uint32_t swizzle) const {
     __half* const to = static_cast<__half*>(row);
     const auto place = [&](uint32_t d) { return ((d / 8) ^ swizzle) * 8 + d % 8; };
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const uint32_t at = lane + 32 * i;
-      to[place(at)] = __float2half_rn(low[i]);
-      to[place(at + kHeadDim / 2)] = __float2half_rn(high[i]);
+      const uint32_t at = lane_ + 32 * i;
+      to[place(at)] = __float2half_rn(low_[i]);
+      to[place(at + kHeadDim / 2)] = __float2half_rn(high_[i]);
     }
-  }
-};
-
-// What becomes of one row's sums. Queries come out multiplied by scale * log2(e), so that
-// softmax is a power of two.
-template <int kHeadDim>
-class RowHeads {
- public:
-  __device__ RowHeads(const AttentionKernelArgs& args, uint32_t row, uint32_t lane)
-      : args_(args),
-        row_(row),
-        lane_(lane),
-        turn_(args.layer.inverse_frequencies, args.step.places[row].position, lane) {}
-
-  __device__ WarpHead<kHeadDim> query(uint32_t head) const {
-    constexpr float kLog2E = 1.4426950408889634f;
-    WarpHead<kHeadDim> result = load(head);
-    result.normalise(args_.layer.query_norm, lane_);
-    result.rotate(turn_);
-    result.scale(args_.layer.scale * kLog2E);
-    return result;
-  }
-  __device__ WarpHead<kHeadDim> key(uint32_t kv_head) const {
-    WarpHead<kHeadDim> result = load(args_.layer.shape.query_heads + kv_head);
-    result.normalise(args_.layer.key_norm, lane_);
-    result.rotate(turn_);
-    return result;
-  }
-  __device__ WarpHead<kHeadDim> value(uint32_t kv_head) const {
-    const backend::AttentionShape& shape = args_.layer.shape;
-    const uint32_t first = shape.query_heads + (args_.layer.value_is_key ? 0 : shape.kv_heads);
-    WarpHead<kHeadDim> result = load(first + kv_head);
-    result.normalise(args_.layer.value_norm, lane_);
-    return result;
   }
 
  private:
-  __device__ WarpHead<kHeadDim> load(uint32_t head) const {
-    WarpHead<kHeadDim> result;
-    result.load(args_.step, args_.launch.rows, row_, head * kHeadDim, lane_);
-    return result;
+  __device__ const HeadNorm& norm(const AttentionLayer& layer) const {
+    if (kind_ == HeadKind::kQuery) return layer.query_norm;
+    return kind_ == HeadKind::kKey ? layer.key_norm : layer.value_norm;
   }
 
-  const AttentionKernelArgs& args_;
-  uint32_t row_, lane_;
-  Turn<kHeadDim> turn_;
+  __device__ void normalise(float epsilon) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) squares += low_[i] * low_[i] + high_[i] * high_[i];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    const float scale = 1.0f / sqrtf(squares / kHeadDim + epsilon);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low_[i] *= scale * weight_low_[i];
+      high_[i] *= scale * weight_high_[i];
+    }
+  }
+
+  __device__ void rotate(const float2 (&turns)[kHeadDim / 2]) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float x = low_[i], y = high_[i];
+      const float2 turn = turns[lane_ + 32 * i];  // cosine, sine
+      low_[i] = x * turn.x - y * turn.y;
+      high_[i] = y * turn.x + x * turn.y;
+    }
+  }
+
+  HeadKind kind_;
+  uint32_t column_, lane_;
+  float low_[kPairs], high_[kPairs];
+  float weight_low_[kPairs], weight_high_[kPairs];
 };
 
 }  // namespace nibble::cuda

@@ -11,21 +11,34 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kMergeWarps = 4;
+constexpr uint32_t kMergeWarps = 4;
 constexpr uint32_t kMergeColumns = 4 * kLanes;
+
+constexpr uint32_t kMergeBatch = 9;  // splits that a warp reads at a time
 
 // Sums of weighted values whose weights are relative to the largest score so far.
 struct Partial {
   float largest = -INFINITY, sum = 0;
   float4 values = {};
 
-  __device__ void add(float other_largest, float other_sum, float4 other) {
-    const float next = fmaxf(largest, other_largest);
-    const float mine = exp2f(largest - next), its = exp2f(other_largest - next);
+  // At least one of `others` or this has a finite largest score.
+  template <uint32_t kCount>
+  __device__ void add(const Partial (&others)[kCount]) {
+    float next = largest;
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; ++i) next = fmaxf(next, others[i].largest);
+    const float shrink = exp2f(largest - next);
     largest = next;
-    sum = sum * mine + other_sum * its;
-    values = {values.x * mine + other.x * its, values.y * mine + other.y * its,
-              values.z * mine + other.z * its, values.w * mine + other.w * its};
+    sum *= shrink;
+    values = {values.x * shrink, values.y * shrink, values.z * shrink, values.w * shrink};
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; ++i) {
+      const Partial& other = others[i];
+      const float weight = exp2f(other.largest - next);
+      sum += other.sum * weight;
+      values = {values.x + other.values.x * weight, values.y + other.values.y * weight,
+                values.z + other.values.z * weight, values.w + other.values.w * weight};
+    }
   }
 };
 
@@ -50,21 +63,28 @@ __global__ void __launch_bounds__(kMergeWarps* kLanes)
   if (column < width) {
     const uint64_t first = (uint64_t(row) * shape.query_heads + column / shape.head_dim) * splits;
     const float* const values = args.partials + column % shape.head_dim;
-#pragma unroll 8
-    for (uint32_t split = warp; split < used; split += kMergeWarps) {
-      const float2 statistics = args.statistics[first + split];
-      mine.add(statistics.x, statistics.y,
-               *reinterpret_cast<const float4*>(values + (first + split) * shape.head_dim));
+    for (uint32_t begin = warp; begin < used; begin += kMergeWarps * kMergeBatch) {
+      Partial others[kMergeBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kMergeBatch; ++i) {
+        const uint32_t split = begin + i * kMergeWarps;
+        if (split >= used) continue;
+        const float2 statistics = args.statistics[first + split];
+        others[i].largest = statistics.x;
+        others[i].sum = statistics.y;
+        others[i].values =
+            *reinterpret_cast<const float4*>(values + (first + split) * shape.head_dim);
+      }
+      mine.add(others);
     }
   }
   partials[warp][lane] = mine;
   __syncthreads();
   if (warp != 0) return;
+  Partial others[kMergeWarps - 1];
 #pragma unroll
-  for (int w = 1; w < kMergeWarps; ++w) {
-    const Partial& other = partials[w][lane];
-    if (other.sum > 0) mine.add(other.largest, other.sum, other.values);
-  }
+  for (uint32_t w = 1; w < kMergeWarps; ++w) others[w - 1] = partials[w][lane];
+  mine.add(others);
   const float scale = 1.0f / mine.sum;
   *reinterpret_cast<float4*>(merged + 4 * lane) = {mine.values.x * scale, mine.values.y * scale,
                                                    mine.values.z * scale, mine.values.w * scale};
