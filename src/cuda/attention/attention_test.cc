@@ -39,7 +39,7 @@ struct Reference {
 class Step {
  public:
   Step(const Layer& layer, std::vector<Part> parts, uint32_t multiprocessors, uint32_t seed)
-      : layer_(layer), parts_(std::move(parts)), random_(seed) {
+      : layer_(layer), parts_(std::move(parts)), random_(seed), parts_of_sums_(1 + seed % 4) {
     const backend::AttentionShape& shape = layer.shape;
     const uint32_t half_page = shape.kv_width() * kKvPageTokens;  // keys or values, in f16
     // The page has another layer in front, and keys and values apart.
@@ -80,7 +80,7 @@ class Step {
     args.places = device_places_.data();
     args.tables = {device_tables_.data(), table_stride_};
     args.sums = device_sums_.data();
-    args.parts = kParts;
+    args.parts = parts_of_sums_;
     args.stride = stride_;
     args.workspace = workspace_.data();
     args.output = {values_.data(), means_.data(), uint32_t(places_.size()), column_tiles_};
@@ -102,7 +102,6 @@ class Step {
 
  private:
   static constexpr float kEpsilon = 1e-6f;
-  static constexpr uint32_t kParts = 2;
 
   float normal() { return std::normal_distribution<float>()(random_); }
 
@@ -169,7 +168,7 @@ class Step {
     const backend::AttentionShape& shape = layer_.shape;
     scale_ = 2.0f / std::sqrt(float(shape.head_dim));
     stride_ = shape.query_width() + (layer_.value_is_key ? 1 : 2) * shape.kv_width() + 8;
-    sums_.resize(kParts * places_.size() * stride_);
+    sums_.resize(parts_of_sums_ * places_.size() * stride_);
     for (float& x : sums_) x = normal();
     query_norm_.resize(shape.head_dim);
     key_norm_.resize(shape.head_dim);
@@ -191,7 +190,7 @@ class Step {
     std::vector<double> x(dim);
     double squares = 0;
     for (uint32_t d = 0; d < dim; ++d) {
-      for (uint32_t part = 0; part < kParts; ++part)
+      for (uint32_t part = 0; part < parts_of_sums_; ++part)
         x[d] += sums_[(part * places_.size() + row) * stride_ + index * dim + d];
       squares += x[d] * x[d];
     }
@@ -309,6 +308,7 @@ class Step {
   Layer layer_;
   std::vector<Part> parts_;
   std::mt19937 random_;
+  uint32_t parts_of_sums_;
   AttentionLaunch launch_;
   uint32_t single_rows_ = 0, table_stride_ = 0, stride_ = 0, column_tiles_ = 0;
   uint64_t key_offset_, value_offset_, page_halves_;  // in f16

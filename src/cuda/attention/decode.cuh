@@ -189,9 +189,8 @@ struct DecodeState {
   }
 };
 
-// Prepares kCount of the block's heads, every kDecodeWarps<Kv>-th from `first` on: their loads are
-// under way together. Heads are numbered queries, key, value. Ends the wait for the kernel in
-// front.
+// Prepares kCount of the block's heads, every kDecodeWarps-th from `first` on: their loads are
+// under way together. Heads are numbered queries, key, value. Waits for the kernel in front.
 template <class Kv, uint32_t kCount>
 __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
                                    RowPlace place, uint32_t first, char* shared) {

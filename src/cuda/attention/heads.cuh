@@ -52,12 +52,13 @@ class WarpHead {
     const float* from = step.sums + uint64_t(row) * step.stride + column_ + lane_;
     const uint64_t part_stride = uint64_t(rows) * step.stride;
     for (uint32_t part = 0; part < step.parts; part += 2) {
+      const bool pair = part + 1 < step.parts;  // sums that were added before come in one part
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float* const low = from + 32 * i;
         const float* const high = low + kHeadDim / 2;
-        low_[i] += low[0] + low[part_stride];
-        high_[i] += high[0] + high[part_stride];
+        low_[i] += low[0] + (pair ? low[part_stride] : 0.0f);
+        high_[i] += high[0] + (pair ? high[part_stride] : 0.0f);
       }
       from += 2 * part_stride;
     }

@@ -13,7 +13,6 @@ namespace {
 
 constexpr uint32_t kMergeWarps = 4;
 constexpr uint32_t kMergeColumns = 4 * kLanes;
-
 constexpr uint32_t kMergeBatch = 9;  // splits that a warp reads at a time
 
 // Sums of weighted values whose weights are relative to the largest score so far.
