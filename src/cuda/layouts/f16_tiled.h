@@ -10,6 +10,9 @@ namespace nibble::cuda {
 // 16-bit numbers, as they are: [8 * half + column / 8][lane][column % 8].
 template <class SourceBlock, quant::QuantType kType>
 struct CudaHalfTiled {
+  static constexpr std::string_view kName =
+      kType == quant::QuantType::kF16 ? "CudaF16Tiled" : "CudaBf16Tiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = kType;
   using Block = SourceBlock;
 

@@ -14,6 +14,7 @@
 namespace nibble::cuda {
 
 enum class LayoutId : uint32_t { kQ4, kQ5, kQ6, kQ8, kQ4Symmetric, kF16, kBf16 };
+inline constexpr uint32_t kLayoutCount = 7;
 
 // Calls `visit(std::type_identity<Layout>())` with the layout's type.
 template <class Visit>

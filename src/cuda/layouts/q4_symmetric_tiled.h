@@ -7,6 +7,8 @@
 namespace nibble::cuda {
 
 struct CudaQ4SymmetricTiled {
+  static constexpr std::string_view kName = "CudaQ4SymmetricTiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = quant::QuantType::kQ4_0;
   using Block = quant::BlockQ4_0;
 

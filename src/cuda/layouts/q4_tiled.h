@@ -13,6 +13,8 @@ NIBBLE_HOST_DEVICE constexpr uint32_t nibble_shift(PairPlace place) {
 }
 
 struct CudaQ4Tiled {
+  static constexpr std::string_view kName = "CudaQ4Tiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = quant::QuantType::kQ4_K;
   using Block = quant::BlockQ4K;
 

@@ -7,6 +7,8 @@
 namespace nibble::cuda {
 
 struct CudaQ5Tiled {
+  static constexpr std::string_view kName = "CudaQ5Tiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = quant::QuantType::kQ5_K;
   using Block = quant::BlockQ5K;
 

@@ -7,6 +7,8 @@
 namespace nibble::cuda {
 
 struct CudaQ6Tiled {
+  static constexpr std::string_view kName = "CudaQ6Tiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = quant::QuantType::kQ6_K;
   using Block = quant::BlockQ6K;
 

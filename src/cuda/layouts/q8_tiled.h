@@ -8,6 +8,8 @@
 namespace nibble::cuda {
 
 struct CudaQ8Tiled {
+  static constexpr std::string_view kName = "CudaQ8Tiled";
+  static constexpr uint32_t kVersion = 1;
   static constexpr quant::QuantType kSource = quant::QuantType::kQ8_0;
   using Block = quant::BlockQ8_0;
 

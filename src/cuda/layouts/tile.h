@@ -5,9 +5,13 @@
 // A matrix is a row of tiles per 16 rows, tile [row / 16][column / 256]; missing rows and columns
 // are zero. Lane 4 g + t of a warp owns the tile's rows g and g + 8 at columns [64 t, 64 t + 64),
 // and reads them 16 bytes at a time, neighbours side by side.
+//
+// Packed models name each layout by its kName and kVersion (docs/formats/packed-model.md): whoever
+// changes where a layout has its bits raises its version, and files packed before are refused.
 
 #include <cstdint>
 #include <cstring>
+#include <string_view>
 
 #include "base/half.h"
 
