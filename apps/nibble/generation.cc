@@ -59,6 +59,7 @@ void SamplingOptions::add_to(CLI::App& command) {
       ->type_name("ID=BIAS")
       ->group(group);
   command.add_option("--seed", seed, "Same seed, same text; left out: a new one each time")
+      ->check(finite_between(0, double(UINT64_MAX)))
       ->type_name("N")
       ->group(group);
 }

@@ -170,16 +170,18 @@ void SamplingParams::validate(uint32_t vocabulary) const {
 
 TokenId sample(std::span<float> logits, const SampleRequest& request) {
   const SamplingParams& params = *request.params;
-  for (float& logit : logits) {
-    if (std::isnan(logit)) logit = kMinusInfinity;
-  }
   for (const auto& [token, bias] : params.logit_bias) {
     logits[static_cast<size_t>(token.value)] += bias;
   }
   penalize(logits, request);
+  // Only now: of infinities, penalties make new ones.
+  for (float& logit : logits) {
+    if (std::isnan(logit)) logit = kMinusInfinity;
+  }
   const TokenId greedy = first_largest(logits);
   const float largest = logits[static_cast<size_t>(greedy.value)];
-  if (params.temperature == 0 || largest == kMinusInfinity) return greedy;
+  if (largest == kMinusInfinity) return kNoToken;
+  if (params.temperature == 0) return greedy;
   scale(logits, largest, params.temperature);
 
   const bool limit_k = params.top_k != 0 && params.top_k < logits.size();

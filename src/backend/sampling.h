@@ -27,6 +27,9 @@ struct SamplingParams {
   void validate(uint32_t vocabulary) const;
 };
 
+// Instead of a token where there is none to choose.
+inline constexpr TokenId kNoToken{-1};
+
 // One draw. Equal requests on equal logits give equal tokens: randomness is a hash of seed,
 // position and token, not a stream.
 struct SampleRequest {
@@ -37,8 +40,8 @@ struct SampleRequest {
 
 // Order: logit bias; penalties; greedy stops here with the first largest logit. Then temperature,
 // top-k, top-p (smallest set of probability >= p, at least one token), min-p (relative to the most
-// likely), and a Gumbel-max draw among what is left. NaN logits count as minus infinity.
-// `logits` is [vocabulary] and is changed.
+// likely), and a Gumbel-max draw among what is left. NaN logits count as minus infinity; where
+// nothing is above that, the result is kNoToken. `logits` is [vocabulary] and is changed.
 TokenId sample(std::span<float> logits, const SampleRequest& request);
 
 // Standard Gumbel noise for (seed, position, token): -log(-log(u)), u in (0, 1) from a 64-bit mix.

@@ -159,14 +159,23 @@ TEST(Sampling, EqualRequestsGiveEqualTokensAndOthersDiffer) {
   EXPECT_LT(same_seed, 5);
 }
 
+TEST(Sampling, InfinitePenaltiesOfInfiniteLogitsAreSurvived) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  for (const float temperature : {0.0f, 1.0f}) {
+    const SamplingParams params{
+        .temperature = temperature, .presence_penalty = kMost, .frequency_penalty = kMost};
+    EXPECT_EQ(draw({kInfinity, 1, -1e6f}, params, 0, {{0}, {0}}), 1);  // infinity - infinity
+  }
+}
+
 TEST(Sampling, NanAndInfiniteLogitsAreSurvived) {
   for (const SamplingParams& params :
        {SamplingParams{}, {.temperature = 0}, {.top_k = 2}, {.top_p = 0.5f}, {.min_p = 0.5f}}) {
     for (uint64_t position = 0; position < 50; ++position) {
       EXPECT_EQ(draw({kNan, -kInfinity, 1, kNan}, params, position), 2);
       EXPECT_EQ(draw({1, kInfinity, 2}, params, position), 1);
-      EXPECT_EQ(draw({-kInfinity, -kInfinity}, params, position), 0);
-      EXPECT_EQ(draw({kNan, kNan, kNan}, params, position), 0);
+      EXPECT_EQ(draw({-kInfinity, -kInfinity}, params, position), kNoToken.value);
+      EXPECT_EQ(draw({kNan, kNan, kNan}, params, position), kNoToken.value);
       EXPECT_EQ(draw({5}, params, position), 0);
       const int32_t either = draw({kInfinity, 0, kInfinity}, params, position);
       EXPECT_TRUE(either == 0 || either == 2);

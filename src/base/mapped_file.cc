@@ -14,7 +14,8 @@
 namespace nibble {
 
 MappedFile MappedFile::open(const std::filesystem::path& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Non-blocking, so that a pipe without a writer is refused below and not waited for.
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) fail(ErrorCode::kIo, "{}: can't open: {}", path.string(), strerror(errno));
   const auto fail_and_close = [&](const char* what, const char* reason) {
     ::close(descriptor);

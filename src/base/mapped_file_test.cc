@@ -1,6 +1,7 @@
 #include "base/mapped_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -71,6 +72,9 @@ TEST_F(MappedFileTest, RefusalsSayPathAndReason) {
   EXPECT_NE(missing.find("No such file"), std::string::npos) << missing;
   EXPECT_NE(refusal(folder_).find("not a regular file"), std::string::npos);
   EXPECT_NE(refusal("/dev/null").find("not a regular file"), std::string::npos);
+  const std::filesystem::path pipe = folder_ / "pipe";  // that nobody will ever write to
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  EXPECT_NE(refusal(pipe).find("not a regular file"), std::string::npos);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -133,6 +135,7 @@ class FakeBackend : public backend::Backend {
 
   std::vector<std::vector<size_t>> batches;          // of each run, the sequences' token counts
   std::function<void(uint32_t layer)> before_layer;  // may throw
+  std::optional<TokenId> nan_token;                  // nothing can be drawn after it
 
  private:
   void run_layer(uint32_t layer, const backend::KvSequence& kv, std::vector<uint64_t>& states) {
@@ -144,14 +147,17 @@ class FakeBackend : public backend::Backend {
     }
   }
 
-  static void finish(const backend::BatchSequence& sequence, std::span<const uint64_t> states,
-                     backend::BatchResult& result) {
+  void finish(const backend::BatchSequence& sequence, std::span<const uint64_t> states,
+              backend::BatchResult& result) {
     for (uint64_t state : states.last(sequence.logit_rows)) {
       const std::vector<float> logits = logits_of(state);
       result.logits.insert(result.logits.end(), logits.begin(), logits.end());
     }
     if (sequence.sample) {
       std::vector<float> logits = logits_of(states.back());
+      if (sequence.tokens.back() == nan_token) {
+        std::fill(logits.begin(), logits.end(), std::numeric_limits<float>::quiet_NaN());
+      }
       result.sampled.push_back(backend::sample(logits, *sequence.sample));
     }
   }

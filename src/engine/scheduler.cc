@@ -121,6 +121,11 @@ void Scheduler::run(std::span<const Share> shares) {
     const TokenId token = chunks[i].sample ? *sampled++ : TokenId{};
     if (session.cancelled_.exchange(false)) {  // while others still wanted the step
       session.fail_step(Error(ErrorCode::kCancelled, "cancelled"));
+    } else if (token == backend::kNoToken) {
+      session.fail_step(Error(ErrorCode::kMalformedFile,
+                              "the model gives no token a logit that is a number: its weights hold "
+                              "NaN, infinities or values too large to compute with; get the file "
+                              "again, or try --kv f32"));
     } else {
       session.complete(chunks[i], logits.first(floats), token);
     }

@@ -475,6 +475,22 @@ TEST_F(SessionTest, ADeviceErrorPoisonsThoseWhoTookPartUntilReset) {
   EXPECT_EQ(last_row(*bystander), fake_logits(joined(text, text)));
 }
 
+TEST_F(SessionTest, WhereNoLogitIsANumberOnlyThatSessionFails) {
+  const auto broken = new_session();
+  const auto bystander = new_session();
+  const Tokens text = tokens(5);
+  backend_.nan_token = TokenId{3};
+  broken->feed(joined(text, {TokenId{3}}));
+  bystander->feed(joined(text, {TokenId{4}}), 1);
+  Session* const both[] = {broken.get(), bystander.get()};
+  EXPECT_FALSE(scheduler_.step(both));
+  ASSERT_TRUE(broken->error());
+  EXPECT_EQ(broken->error()->code(), ErrorCode::kMalformedFile);
+  EXPECT_NE(std::string(broken->error()->what()).find("NaN"), std::string::npos);
+  EXPECT_FALSE(bystander->error());
+  EXPECT_EQ(last_row(*bystander), fake_logits(joined(text, {TokenId{4}})));
+}
+
 TEST_F(SessionTest, AnyExceptionOfABackendIsAnErrorOfTheSession) {
   const auto session = new_session();
   backend_.before_layer = [](uint32_t) { throw std::bad_alloc(); };

@@ -2,6 +2,7 @@
 // bounded memory. The unit tests of gguf, text and model know each check's message; here the whole
 // program must hold.
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -233,6 +234,35 @@ TEST(Malformed, TensorsThatLie) {
                file.text().replace(place, 5, "blk.1");
              }),
   });
+}
+
+TEST(Malformed, ScalesThatAreNoNumbers) {
+  const auto scale_of = [](const std::string& tensor, uint16_t half) {
+    return Damage{fmt::format("a scale of {:#x} in {}", half, tensor), [=](Bytes& file) {
+                    // The last row of the table (one dimension) ends where the data begins.
+                    const size_t table_end = file.tensor_entry("blk.5.post_ffw_norm.weight") + 24;
+                    const size_t data = (table_end + 31) / 32 * 32;
+                    // Behind the count, two dimensions and the type.
+                    const auto offset = file.get<uint64_t>(file.tensor_entry(tensor) + 24);
+                    file.put(data + offset, half);  // of the first block
+                  }};
+  };
+  constexpr uint16_t kNan = 0x7e00, kInfinity = 0x7c00;
+  std::vector<Damage> damages;
+  for (const char* tensor : {"blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.3.ffn_gate.weight",
+                             "blk.5.ffn_down.weight"}) {
+    damages.push_back(scale_of(tensor, kNan));
+    damages.push_back(scale_of(tensor, kInfinity));
+  }
+  for (const Damage& damage : damages) {
+    SCOPED_TRACE(damage.name);
+    Bytes file(good_file());
+    damage.apply(file);
+    const Outcome outcome = ask(file.text());
+    EXPECT_EQ(outcome.exit_code, 1) << outcome.err;
+    EXPECT_EQ(outcome.out.find_first_not_of('\n'), std::string::npos);
+    EXPECT_NE(outcome.err.find("NaN"), std::string::npos) << outcome.err;
+  }
 }
 
 // Any bytes at all in the part that is parsed: the file may turn out to be good, but nothing worse
