@@ -184,6 +184,8 @@ std::unique_ptr<engine::Engine> open_against(const EvalOptions& options,
   if (!options.against.empty()) model.model = options.against;
   engine::EngineOptions engine_options = base;
   if (!options.against_backend.empty()) engine_options.backend = options.against_backend;
+  // The reference is exact in all it can be: --kv chooses what is measured, not what against.
+  if (options.against_backend == "reference") engine_options.kv_format = backend::KvFormat::kF32;
   if (options.against_kv != "auto") engine_options.kv_format = parse_kv(options.against_kv);
   return open_model(model, engine_options).engine;
 }
@@ -269,8 +271,9 @@ void add_eval(CLI::App& app) {
   command->footer(
       "Tokens [Wi, Wi+W) of window i predict tokens [Wi+1, Wi+W+1); nothing is added. NLL is in\n"
       "nats. KL(P||Q) is taken at each position, P being what --against... names. The KV cache is\n"
-      "f32 unless --kv says otherwise; the backend `reference` computes in f32 from exactly\n"
-      "dequantised weights.\n"
+      "f32 unless --kv says otherwise, and what is compared against has the same unless\n"
+      "--against-kv says otherwise. But --against-backend reference computes in f32, with an f32\n"
+      "cache, from exactly dequantised weights, whatever --kv is.\n"
       "Examples:\n"
       "  nibble eval model-Q4_K_M.gguf --tokens heldout.i32\n"
       "  nibble eval model-Q4_K_M.gguf --tokens heldout.i32 --against model-f16.gguf --json\n"

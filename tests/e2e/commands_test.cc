@@ -256,6 +256,19 @@ TEST(Eval, AModelDoesNotDifferFromItself) {
   EXPECT_EQ(number(result, "/top1_agreement"), 1);
 }
 
+TEST(Eval, TheReferenceHasAnExactCacheWhateverIsMeasured) {
+  const std::string tokens = fixture("golden/micro.heldout_text.tokens.i32").string();
+  const auto largest_kl = [&](const std::vector<std::string>& options) {
+    std::vector<std::string> arguments = {
+        "eval", micro("f16"), "--tokens", tokens, "--window",          "64",       "--limit",
+        "1",    "--json",     "--kv",     "f16",  "--against-backend", "reference"};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    return number(parsed(nibble(arguments)), "/kl/max");
+  };
+  EXPECT_EQ(largest_kl({}), largest_kl({"--against-kv", "f32"}));
+  EXPECT_NE(largest_kl({}), largest_kl({"--against-kv", "f16"}));
+}
+
 TEST(Eval, RefusesTokenFilesThatDontFit) {
   const auto eval = [](const std::string& bytes) {
     const TemporaryFile file(bytes);
