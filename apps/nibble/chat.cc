@@ -59,7 +59,8 @@ class Chat {
         sampling_(options.sampling.resolve(engine)),
         max_tokens_(options.max_tokens),
         system_(options.system.value_or("")),
-        think_(options.think) {}
+        think_(options.think),
+        verbose_(options.model.verbose) {}
 
   void talk() {
     while (const std::optional<std::string> line = read_line()) {
@@ -118,9 +119,11 @@ class Chat {
     try {
       session_->set_sampling(sampling_);
       AnswerPrinter printer(think_);
-      const Answer answer = generate(engine_, *session_, format_.encode(messages, think_),
-                                     max_tokens_, [&](const auto& piece) { printer.print(piece); });
+      const std::vector<TokenId> prompt = format_.encode(messages, think_);
+      const Answer answer = generate(engine_, *session_, prompt, max_tokens_,
+                                     [&](const auto& piece) { printer.print(piece); });
       printer.finish();
+      if (verbose_) print_statistics(answer, prompt.size(), sampling_.seed);
       turns_.push_back({text::Role::kModel, answer.text});
       if (answer.finish == Finish::kLength) {
         fmt::print(stderr, "(cut off: {})\n",
@@ -144,6 +147,7 @@ class Chat {
   const std::optional<uint32_t> max_tokens_;
   std::string system_;
   bool think_;
+  const bool verbose_;
   std::vector<text::Message> turns_;  // user and model in turn, a model's last
 };
 

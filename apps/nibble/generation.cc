@@ -122,6 +122,14 @@ Answer generate(engine::Engine& engine, engine::Session& session, std::span<cons
   return answer;
 }
 
+void print_statistics(const Answer& answer, size_t prompt_tokens, uint64_t seed) {
+  fmt::print(stderr,
+             "{} prompt tokens ({} from the cache) in {:.0f} ms, {} tokens at {:.1f} a second, "
+             "seed {}\n",
+             prompt_tokens, answer.reused_tokens, answer.prefill_ms, answer.tokens.size(),
+             answer.decode_tokens_per_s(), seed);
+}
+
 void AnswerPrinter::print(const text::AnswerStream::Piece& piece) {
   if (piece.thought && !with_thoughts_) return;
   if (in_thought_ && !piece.thought) write(last_ == '\n' ? "\n" : "\n\n");

@@ -48,6 +48,9 @@ using OnPiece = std::function<void(const text::AnswerStream::Piece& piece)>;
 Answer generate(engine::Engine& engine, engine::Session& session, std::span<const TokenId> prompt,
                 std::optional<uint32_t> max_tokens, const OnPiece& on_piece);
 
+// What -v tells about an answer, on stderr.
+void print_statistics(const Answer& answer, size_t prompt_tokens, uint64_t seed);
+
 // Writes an answer to stdout as it comes: the thought, when it is asked for, apart from the rest.
 class AnswerPrinter {
  public:

@@ -95,11 +95,7 @@ void run(const RunOptions& options) {
     const auto json = to_json(answer, options, tokens.size(), sampling.seed, model);
     fmt::print("{}\n", to_text(json));
   }
-  if (options.model.verbose) {
-    fmt::print(stderr, "{} prompt tokens in {:.0f} ms, {} tokens at {:.1f} a second, seed {}\n",
-               tokens.size(), answer.prefill_ms, answer.tokens.size(), answer.decode_tokens_per_s(),
-               sampling.seed);
-  }
+  if (options.model.verbose) print_statistics(answer, tokens.size(), sampling.seed);
 }
 
 }  // namespace

@@ -198,6 +198,22 @@ TEST(Chat, RemembersAndForgets) {
   EXPECT_EQ(talk("/help\n/nonsense\n\n/quit\nDefine freedom.\n"), "");
 }
 
+TEST(Chat, WhatWasSaidStaysInTheCache) {
+  const Outcome outcome = nibble({"chat", tiny(), "--temp", "0", "-n", "16", "-v"},
+                                 "Define freedom.\nWhat is curl?\n/clear\nWhat is curl?\n");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  std::vector<int> reused;  // of each prompt: "... prompt tokens (N from the cache) ..."
+  const std::string before = " prompt tokens (";
+  for (size_t at = 0; (at = outcome.err.find(before, at)) != std::string::npos;) {
+    at += before.size();
+    reused.push_back(std::stoi(outcome.err.substr(at)));
+  }
+  ASSERT_EQ(reused.size(), 3u) << outcome.err;
+  EXPECT_EQ(reused[0], 0);
+  EXPECT_GE(reused[1], 16);  // the first question and most of its answer
+  EXPECT_LT(reused[2], 8);   // BOS and the opening of the turn
+}
+
 TEST(Tokenize, GivesTheIdsOfAllCasesAndBack) {
   std::ifstream cases(fixture("tokenizer/cases.jsonl"));
   size_t count = 0;
