@@ -26,7 +26,7 @@ boost_json() {  # the newest packaged Boost.JSON
 
 if [ "$(uname)" = Darwin ]; then
   command -v brew > /dev/null || { echo "setup: install Homebrew first" >&2; exit 1; }
-  for package in cmake ninja cli11 fmt boost googletest python3; do
+  for package in cmake ninja cli11 fmt boost googletest xxhash python3; do
     need $package brew list $package
   done
   for purpose in "$@"; do
@@ -39,13 +39,14 @@ fi
 
 command -v apt-get > /dev/null || {
   echo "setup: neither apt-get nor brew here; install a C++20 compiler, CMake 3.25, Ninja, CLI11," \
-    "fmt, Boost.JSON, libedit and GoogleTest yourself" >&2
+    "fmt, Boost.JSON, libedit, xxHash and GoogleTest yourself" >&2
   exit 0
 }
 for purpose in "$@"; do
   case $purpose in
     build)
-      for package in g++ ninja-build libcli11-dev libfmt-dev libedit-dev libgtest-dev; do
+      for package in g++ ninja-build libcli11-dev libfmt-dev libedit-dev libgtest-dev \
+          libxxhash-dev; do
         need $package installed $package
       done
       need cmake newer_cmake

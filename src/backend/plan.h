@@ -27,7 +27,8 @@ struct WeightSegment {
   std::string name;  // the tensor's, for messages
   quant::QuantType type;
   uint32_t rows;
-  std::span<const std::byte> data;  // rows * row_bytes(type, columns)
+  std::span<const std::byte> data;  // rows * row_bytes(type, columns), unless packed
+  bool packed = false;              // `data` is in the layout of the backend that it was packed for
 };
 
 // A matrix, possibly fused from several tensors (q+k+v, gate+up): its rows are its segments' rows,

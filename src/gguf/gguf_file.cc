@@ -100,8 +100,8 @@ std::string_view to_string(ValueType type) {
   return uint32_t(type) < std::size(kNames) ? kNames[uint32_t(type)] : "unknown";
 }
 
-GgufFile GgufFile::from_bytes(std::span<const std::byte> bytes) {
-  return read(bytes, "(in memory)");
+GgufFile GgufFile::from_bytes(std::span<const std::byte> bytes, std::string name) {
+  return read(bytes, std::move(name));
 }
 
 GgufFile GgufFile::read(std::span<const std::byte> bytes, std::string name) {
@@ -113,7 +113,9 @@ GgufFile GgufFile::read(std::span<const std::byte> bytes, std::string name) {
   ByteReader in(bytes, file.name_);
   const Header header = read_header(in);
   file.version_ = header.version;
+  const uint64_t metadata_begin = in.position();
   file.metadata_ = read_metadata(in, header.key_count);
+  file.metadata_bytes_ = bytes.subspan(metadata_begin, in.position() - metadata_begin);
   file.metadata_by_key_ = ordered(file.metadata_, &Metadata::key, [&in](const Metadata& again) {
     in.malformed(in.offset_of(again.key), "key {} occurs twice", quoted(again.key));
   });
@@ -179,6 +181,11 @@ void GgufFile::append(GgufFile part) {
   file_bytes_ += part.file_bytes_;
   std::move(part.parts_.begin(), part.parts_.end(), std::back_inserter(parts_));
   std::move(part.tensors_.begin(), part.tensors_.end(), std::back_inserter(tensors_));
+}
+
+void GgufFile::describe_tensors(std::vector<Tensor> tensors) {
+  std::move(tensors.begin(), tensors.end(), std::back_inserter(tensors_));
+  index_joined_tensors();
 }
 
 void GgufFile::index_joined_tensors() {

@@ -73,12 +73,20 @@ class GgufFile {
   // Throws Error: kIo, kMalformedFile (what was found, expected, at which byte), kUnsupported
   // (version 1, big-endian, an unknown tensor type, an array of arrays).
   static GgufFile open(const std::filesystem::path& path);
-  // The same checks on one part in memory. `bytes` must outlive the result.
-  static GgufFile from_bytes(std::span<const std::byte> bytes);
+  // The same checks on one part in memory, called `name` in messages. `bytes` must outlive the
+  // result.
+  static GgufFile from_bytes(std::span<const std::byte> bytes, std::string name = "(in memory)");
+
+  // Joins tensors whose bytes are kept elsewhere: named and described here, without data. Throws
+  // Error(kMalformedFile) on a name that is there already. Names must live as long as this.
+  void describe_tensors(std::vector<Tensor> tensors);
 
   uint32_t version() const { return version_; }
-  uint64_t file_bytes() const { return file_bytes_; }  // of all parts
+  uint64_t file_bytes() const { return file_bytes_; }           // of all parts
+  std::span<const MappedFile> parts() const { return parts_; }  // none when read from memory
   std::span<const Metadata> metadata() const { return metadata_; }
+  // All keys and values as they lie in the file, one behind the other.
+  std::span<const std::byte> metadata_bytes() const { return metadata_bytes_; }
   std::span<const Tensor> tensors() const { return tensors_; }
 
   const Metadata* find(std::string_view key) const;        // nullptr when absent
@@ -119,9 +127,10 @@ class GgufFile {
   void expect_uint(std::string_view key, uint64_t expected) const;
   [[noreturn]] void fail_value(const Metadata& metadata, std::string_view expected) const;
 
-  std::vector<MappedFile> parts_;  // none when read from memory
+  std::vector<MappedFile> parts_;
   std::string name_;
   std::span<const std::byte> first_part_;  // the one with the metadata
+  std::span<const std::byte> metadata_bytes_;
   uint64_t file_bytes_ = 0;
   uint32_t version_ = 0;
   std::vector<Metadata> metadata_;

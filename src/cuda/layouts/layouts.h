@@ -54,6 +54,14 @@ inline uint32_t tile_bytes(LayoutId id) {
       id, [](auto layout) { return uint32_t(sizeof(typename decltype(layout)::type)); });
 }
 
+inline std::string_view layout_name(LayoutId id) {
+  return visit_layout(id, [](auto layout) { return decltype(layout)::type::kName; });
+}
+
+inline uint32_t layout_version(LayoutId id) {
+  return visit_layout(id, [](auto layout) { return decltype(layout)::type::kVersion; });
+}
+
 // How many tiles lie over and beside each other in a matrix of [rows, columns].
 struct TileGrid {
   uint32_t row_tiles;
