@@ -1,0 +1,67 @@
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "cuda/linear/many_rows.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr DeviceShape kH100{132, 227 << 10};
+
+struct Case {
+  LayoutId layout;
+  uint32_t matrix_rows, columns, rows;
+  uint32_t tile_rows, tile_tokens, whole_tiles, shared_tiles, sharing_blocks, blocks;
+};
+
+TEST(ManyRowsChoice, FollowsTheTable) {
+  const Case cases[] = {
+      // The 31B model's matrices.
+      {LayoutId::kQ4, 43008, 5376, 2048, 256, 128, 2640, 48, 132, 132},
+      {LayoutId::kQ4, 43008, 5376, 64, 256, 64, 132, 36, 132, 132},
+      {LayoutId::kQ6, 5376, 21504, 1024, 256, 128, 132, 36, 132, 132},
+      {LayoutId::kQ4, 5376, 8192, 16, 256, 16, 0, 21, 132, 132},
+      // Tiles of 16-bit weights are half as tall: their bytes would not fit.
+      {LayoutId::kF16, 16384, 5376, 512, 128, 128, 396, 116, 132, 132},
+      // Few tiles: not more blocks than can share them.
+      {LayoutId::kQ4, 300, 768, 9, 256, 16, 0, 2, 6, 6},
+      {LayoutId::kQ4, 256, 21504, 32, 256, 32, 0, 1, 8, 8},
+      {LayoutId::kQ4, 132 * 256, 768, 100, 256, 128, 132, 0, 0, 132},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(testing::Message() << c.matrix_rows << " x " << c.columns << ", " << c.rows);
+    const ManyRowsLaunch launch =
+        choose_many_rows(kH100, MatrixUnit::kWgmma, c.layout, c.matrix_rows, c.columns, c.rows);
+    EXPECT_EQ(launch.tile_rows, c.tile_rows);
+    EXPECT_EQ(launch.tile_tokens, c.tile_tokens);
+    EXPECT_EQ(launch.whole_tiles, c.whole_tiles);
+    EXPECT_EQ(launch.tiles() - launch.whole_tiles, c.shared_tiles);
+    EXPECT_EQ(launch.sharing_blocks, c.sharing_blocks);
+    EXPECT_EQ(launch.blocks, c.blocks);
+  }
+}
+
+TEST(ManyRowsChoice, GivesOlderDevicesWholeTiles) {
+  const ManyRowsLaunch launch =
+      choose_many_rows({108, 163 << 10}, matrix_unit(8), LayoutId::kQ4, 5376, 8192, 100);
+  EXPECT_EQ(launch.unit, MatrixUnit::kMma);
+  EXPECT_EQ(launch.blocks, 21u * 2);
+  EXPECT_EQ(launch.workspace_bytes, 0u);
+}
+
+TEST(ManyRowsChoice, ActivationBlocksHaveOnePlaceForEachValue) {
+  constexpr uint32_t kRows = 16, kColumns = 512;
+  std::vector<bool> taken(kRows * kColumns);
+  for (uint32_t row = 0; row < kRows; ++row) {
+    for (uint32_t column = 0; column < kColumns; ++column) {
+      const uint64_t at = activation_block_index(row, column, kRows / 8);
+      ASSERT_LT(at, taken.size());
+      EXPECT_FALSE(taken[at]);
+      taken[at] = true;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nibble::cuda

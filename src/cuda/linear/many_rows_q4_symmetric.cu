@@ -1,0 +1,8 @@
+#include "cuda/linear/many_rows.cuh"
+
+namespace nibble::cuda {
+
+template void launch_many_rows_kernel<CudaQ4SymmetricTiled>(cudaStream_t, const ManyRowsArgs&,
+                                                            const ManyRowsLaunch&);
+
+}  // namespace nibble::cuda

@@ -1,0 +1,402 @@
+#pragma once
+// The kernel of many_rows.h on Hopper's asynchronous matrix instructions.
+//
+// A block has its multiprocessor to itself and takes a tile of (usually) 256 weight rows by up to
+// 128 tokens: two warpgroups of consumers, 128 weight rows each. Weights are the left operand, from
+// registers: a lane reads its own part of a packed tile from shared memory and finishes f16 weights
+// for the next instruction while the tensor cores work on the one before. Activations are the
+// right operand, in shared memory as they lie in global memory. Two producer warps keep two rings
+// full by bulk copies: whole weight tiles (256 columns) and blocks of activations (64 columns). A
+// tall tile, because a weight has 4.5 bits and an activation 16: 25 bytes a clock come from the L2
+// cache at full speed, where a tile of 128 x 256 would want 37.
+
+#include "cuda/linear/few_rows.h"
+#include "cuda/linear/many_rows.h"
+#include "cuda/linear/many_rows_fragments.cuh"
+#include "cuda/ptx_hopper.cuh"
+
+namespace nibble::cuda {
+
+inline constexpr uint32_t kConsumerWarps = 8;
+inline constexpr uint32_t kConsumers = kConsumerWarps * kLanes;
+inline constexpr uint32_t kWarpgroup = 128;
+inline constexpr uint32_t kWgmmaThreads = kConsumers + kWarpgroup;
+inline constexpr uint32_t kWgmmaSharedBytes = 226 << 10;
+
+// Dynamic shared memory: activations, weights, barriers.
+template <class Layout, int kTokens>
+struct WgmmaShape {
+  static constexpr uint32_t kRows = many_rows_tile_rows(sizeof(Layout));
+  static constexpr uint32_t kRowTiles = kRows / kTileRows;            // in a block's tile
+  static constexpr uint32_t kWarpTiles = kRowTiles / kConsumerWarps;  // of them, a warp's own
+  static constexpr uint32_t kActivationBytes = kTokens * kBlockColumns * 2;
+  static constexpr uint32_t kWeightBytes = kRowTiles * sizeof(Layout);
+  static constexpr uint32_t at_most(uint32_t value, uint32_t most) {
+    return value < most ? value : most;
+  }
+  static constexpr uint32_t kWeightStages = at_most(
+      (kWgmmaSharedBytes - 1024 - 4 * kActivationBytes) / kWeightBytes, kTokens > 64 ? 3 : 5);
+  static constexpr uint32_t kActivationStages =
+      at_most((kWgmmaSharedBytes - 1024 - kWeightStages * kWeightBytes) / kActivationBytes, 12);
+  static constexpr uint32_t kWeightsAt = kActivationStages * kActivationBytes;
+  static constexpr uint32_t kBarriersAt = kWeightsAt + kWeightStages * kWeightBytes;
+  static constexpr uint32_t kSharedBytes =
+      kBarriersAt + 2 * (kWeightStages + kActivationStages) * sizeof(uint64_t);
+  static_assert(kWeightStages >= 2 && kActivationStages >= 4);
+};
+
+// Part of a tile's columns, in tiles of kTileColumns.
+struct Segment {
+  uint32_t tile, begin, end;
+};
+
+// Where block `index`'s share of the tiles that blocks share begins.
+__device__ __forceinline__ uint32_t share(const ManyRowsLaunch& launch, uint32_t depth,
+                                          uint32_t index) {
+  const uint32_t count = (launch.tiles() - launch.whole_tiles) * depth;
+  const uint32_t each = count / launch.sharing_blocks, rest = count % launch.sharing_blocks;
+  return each * index + min(index, rest);
+}
+
+// What a block works on, in order.
+class Segments {
+ public:
+  __device__ __forceinline__ Segments(const ManyRowsLaunch& launch, uint32_t column_tiles)
+      : whole_(launch.whole_tiles), depth_(column_tiles), tile_(blockIdx.x) {
+    const bool shares = blockIdx.x < launch.sharing_blocks;
+    at_ = shares ? share(launch, depth_, blockIdx.x) : 0;
+    end_ = shares ? share(launch, depth_, blockIdx.x + 1) : 0;
+  }
+  __device__ __forceinline__ bool next(Segment& segment) {
+    if (tile_ < whole_) {
+      segment = {tile_, 0, depth_};
+      tile_ += gridDim.x;
+      return true;
+    }
+    if (at_ == end_) return false;
+    const uint32_t begin = at_ % depth_;
+    const uint32_t length = min(depth_ - begin, end_ - at_);
+    segment = {whole_ + at_ / depth_, begin, begin + length};
+    at_ += length;
+    return true;
+  }
+
+ private:
+  uint32_t whole_, depth_, tile_, at_, end_;
+};
+
+// A place in a ring of kStages.
+template <uint32_t kStages>
+struct RingPlace {
+  uint32_t slot = 0, round = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) slot = 0, round ^= 1;
+  }
+};
+
+#if NIBBLE_HAS_WGMMA
+// One tile's sums, of a thread: [weight row tile][token / 2 of its own, see ptx::wgmma].
+template <class Shape, int kTokens>
+using TileSums = float[Shape::kWarpTiles][kTokens / 2];
+
+template <class Layout, int kTokens>
+class WgmmaBlock {
+  using Shape = WgmmaShape<Layout, kTokens>;
+  using Sums = TileSums<Shape, kTokens>;
+
+ public:
+  __device__ __forceinline__ WgmmaBlock(const ManyRowsArgs& args, const ManyRowsLaunch& launch,
+                                        char* shared)
+      : args_(args),
+        launch_(launch),
+        depth_(args.activations.column_tiles),
+        activations_(shared),
+        weights_(reinterpret_cast<Layout*>(shared + Shape::kWeightsAt)) {
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Shape::kBarriersAt);
+    weights_full_ = barriers;
+    weights_free_ = weights_full_ + Shape::kWeightStages;
+    activations_full_ = weights_free_ + Shape::kWeightStages;
+    activations_free_ = activations_full_ + Shape::kActivationStages;
+  }
+
+  __device__ __forceinline__ void init_barriers() {
+    for (uint32_t i = 0; i < Shape::kWeightStages; ++i) {
+      ptx::barrier_init(&weights_full_[i], 1);
+      ptx::barrier_init(&weights_free_[i], kConsumerWarps);
+    }
+    for (uint32_t i = 0; i < Shape::kActivationStages; ++i) {
+      ptx::barrier_init(&activations_full_[i], 1);
+      ptx::barrier_init(&activations_free_[i], kConsumerWarps);
+    }
+    ptx::barrier_init_fence();
+  }
+
+  __device__ __forceinline__ void produce_weights(uint32_t lane) {
+    const uint32_t row_tiles = (args_.weights.rows + kTileRows - 1) / kTileRows;
+    const Layout* const tiles = static_cast<const Layout*>(args_.weights.tiles);
+    RingPlace<Shape::kWeightStages> place;
+    Segments segments(launch_, depth_);
+    for (Segment segment; segments.next(segment);) {
+      const uint32_t first = segment.tile / launch_.token_blocks * Shape::kRowTiles;
+      const uint32_t count = min(Shape::kRowTiles, row_tiles - first);
+#pragma unroll 1  // within a producer's registers
+      for (uint32_t column = segment.begin; column < segment.end; ++column) {
+        ptx::barrier_wait(&weights_free_[place.slot], place.round ^ 1);
+        uint64_t* const full = &weights_full_[place.slot];
+        if (lane == 0) ptx::barrier_expect(full, count * uint32_t(sizeof(Layout)));
+        __syncwarp();
+        if (lane < count) {
+          ptx::bulk_copy(&weights_[place.slot * Shape::kRowTiles + lane],
+                         tiles + uint64_t(first + lane) * depth_ + column, sizeof(Layout), full);
+        }
+        place.advance();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void produce_activations() {
+    ptx::wait_for_dependencies();
+    const uint64_t row_groups = args_.activations.row_groups();
+    const char* const values = reinterpret_cast<const char*>(args_.activations.values);
+    constexpr uint32_t kGroupBytes = 8 * kBlockColumns * 2;
+    constexpr uint32_t kBlocks = kTileColumns / kBlockColumns;
+    RingPlace<Shape::kActivationStages> place;
+    Segments segments(launch_, depth_);
+    for (Segment segment; segments.next(segment);) {
+      const uint32_t first = segment.tile % launch_.token_blocks * (kTokens / 8);
+      const uint32_t bytes = min(uint32_t(row_groups) - first, uint32_t(kTokens / 8)) * kGroupBytes;
+#pragma unroll 1
+      for (uint32_t block = segment.begin * kBlocks; block < segment.end * kBlocks; ++block) {
+        ptx::barrier_wait(&activations_free_[place.slot], place.round ^ 1);
+        uint64_t* const full = &activations_full_[place.slot];
+        ptx::barrier_expect(full, bytes);
+        ptx::bulk_copy(activations_ + place.slot * Shape::kActivationBytes,
+                       values + (block * row_groups + first) * kGroupBytes, bytes, full);
+        place.advance();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void consume() {
+    Segments segments(launch_, depth_);
+    for (Segment segment; segments.next(segment);) {
+      Sums sums;
+#pragma unroll
+      for (auto& tile : sums) {
+#pragma unroll
+        for (float& sum : tile) sum = 0;
+      }
+      multiply(segment, sums);
+      if (segment.begin > 0) {
+        leave_sums(sums);
+      } else {
+        if (segment.end < depth_) add_others(segment, sums);
+        store(segment.tile, sums);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t lane() {
+    return threadIdx.x % kLanes;
+  }
+  __device__ __forceinline__ static uint32_t warp() {
+    return threadIdx.x / kLanes;
+  }
+  // The warp's weight row tile `i`, within the block's tile.
+  __device__ __forceinline__ static uint32_t row_tile(uint32_t i) {
+    return warp() / 4 * (4 * Shape::kWarpTiles) + 4 * i + warp() % 4;
+  }
+
+  // What a warp holds of its weight tiles: scales of a tile's columns, quants of one half of them.
+  struct Weights {
+    TileScales<Layout> scales[Shape::kWarpTiles];
+    HalfTile<Layout> halves[Shape::kWarpTiles];
+  };
+  __device__ __forceinline__ const Layout* tiles() const {
+    return weights_ + weights_place_.slot * Shape::kRowTiles;
+  }
+  __device__ __forceinline__ void load_scales_and_first_half(Weights& weights) {
+    ptx::barrier_wait(&weights_full_[weights_place_.slot], weights_place_.round);
+#pragma unroll
+    for (int i = 0; i < Shape::kWarpTiles; ++i) {
+      const Layout& tile = tiles()[row_tile(i)];
+      weights.scales[i].load(tile, lane());
+      weights.halves[i].load(tile, lane(), 0);
+    }
+  }
+  __device__ __forceinline__ void load_second_half(Weights& weights) {
+#pragma unroll
+    for (int i = 0; i < Shape::kWarpTiles; ++i)
+      weights.halves[i].load(tiles()[row_tile(i)], lane(), 1);
+    ptx::finish_shared_reads();
+    __syncwarp();
+    release(&weights_free_[weights_place_.slot]);
+    weights_place_.advance();
+  }
+  __device__ __forceinline__ static void release(uint64_t* barrier) {
+    if (lane() == 0) ptx::barrier_arrive(barrier);
+  }
+
+  // Weights are loaded half a tile ahead and finished one instruction ahead.
+  __device__ __forceinline__ void multiply(const Segment& segment, Sums& sums) {
+    __half2 left[2][Shape::kWarpTiles][4];
+    uint64_t* done = nullptr;  // the activations that instructions in flight were the last to read
+    Weights now, next;
+    load_scales_and_first_half(now);
+#pragma unroll 1
+    for (uint32_t column = segment.begin; column < segment.end; ++column) {
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          ptx::barrier_wait(&activations_full_[activations_place_.slot], activations_place_.round);
+          const uint64_t right = ptx::matrix_descriptor(activations_ + activations_place_.slot *
+                                                                           Shape::kActivationBytes);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < Shape::kWarpTiles; ++j) {
+              now.halves[j].weights(now.scales[j], group, 2 * block + i / 2, i % 2, left[i % 2][j]);
+            }
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < Shape::kWarpTiles; ++j)
+              ptx::wgmma<kTokens>(sums[j], left[i % 2][j], right + i * ptx::kDescriptorStep);
+            ptx::wgmma_commit();
+            if (block == 1 && i == 0) {
+              if (group == 0) load_second_half(next);
+              if (group == 1 && column + 1 < segment.end) load_scales_and_first_half(next);
+            }
+            ptx::wgmma_wait<1>();
+            if (i == 0 && done) release(done);
+          }
+          done = &activations_free_[activations_place_.slot];
+          activations_place_.advance();
+        }
+#pragma unroll
+        for (int j = 0; j < Shape::kWarpTiles; ++j) {
+          now.halves[j] = next.halves[j];
+          if (group == 1) now.scales[j] = next.scales[j];
+        }
+      }
+    }
+    ptx::wgmma_wait<0>();
+    release(done);
+  }
+
+  // Where a block leaves the sums of a tile that another one finishes: one float4 of each thread
+  // beside the other's.
+  __device__ __forceinline__ float4* left_sums(uint32_t block) const {
+    constexpr uint32_t kBlockFloats = Shape::kRows * kTokens;
+    return reinterpret_cast<float4*>(static_cast<float*>(args_.workspace) +
+                                     uint64_t(block) * kBlockFloats) +
+           threadIdx.x;
+  }
+  __device__ __forceinline__ uint32_t* flag(uint32_t block) const {
+    constexpr uint32_t kBlockFloats = Shape::kRows * kTokens;
+    return reinterpret_cast<uint32_t*>(static_cast<float*>(args_.workspace) +
+                                       uint64_t(gridDim.x) * kBlockFloats) +
+           block;
+  }
+
+  __device__ __forceinline__ void leave_sums(const Sums& sums) {
+    float4* const to = left_sums(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < Shape::kWarpTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const float* from = &sums[i][4 * j];
+        to[(i * (kTokens / 8) + j) * kConsumers] = {from[0], from[1], from[2], from[3]};
+      }
+    }
+    __threadfence();
+    ptx::sync_threads(1, kConsumers);
+    if (threadIdx.x == 0) ptx::store_release(flag(blockIdx.x), 1);
+  }
+
+  // Adds what the next blocks leave for the tile's other columns, in their order.
+  __device__ __forceinline__ void add_others(const Segment& segment, Sums& sums) {
+    const uint32_t tile_end = (segment.tile - launch_.whole_tiles + 1) * depth_;
+    const auto has_part = [&](uint32_t block) {
+      return block < launch_.sharing_blocks && share(launch_, depth_, block) < tile_end;
+    };
+    for (uint32_t block = blockIdx.x + 1 + threadIdx.x; has_part(block); block += kConsumers) {
+      while (ptx::load_acquire(flag(block)) == 0) {
+      }
+      *flag(block) = 0;  // as the next launch wants it
+    }
+    ptx::sync_threads(1, kConsumers);
+    for (uint32_t block = blockIdx.x + 1; has_part(block); ++block) {
+      const float4* const from = left_sums(block);
+#pragma unroll
+      for (int i = 0; i < Shape::kWarpTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          const float4 other = from[(i * (kTokens / 8) + j) * kConsumers];
+          float* const to = &sums[i][4 * j];
+          to[0] += other.x, to[1] += other.y, to[2] += other.z, to[3] += other.w;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(uint32_t tile, const Sums& sums) const {
+    const uint32_t first_token = tile % launch_.token_blocks * kTokens + lane() % 4 * 2;
+    const uint32_t first_row = tile / launch_.token_blocks * Shape::kRows + lane() / 4;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t token = first_token + 8 * j + k;
+        if (token >= args_.activations.rows) continue;
+        const float scale = args_.scales ? args_.scales[token] : 1.0f;
+        float* const output =
+            args_.output + uint64_t(token) * args_.output_stride + args_.weights.first_output;
+#pragma unroll
+        for (int i = 0; i < Shape::kWarpTiles; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t row = first_row + row_tile(i) * kTileRows + 8 * half;
+            if (row < args_.weights.rows) output[row] = scale * sums[i][4 * j + 2 * half + k];
+          }
+        }
+      }
+    }
+  }
+
+  const ManyRowsArgs& args_;
+  const ManyRowsLaunch& launch_;
+  const uint32_t depth_;  // column tiles
+  char* const activations_;
+  Layout* const weights_;
+  uint64_t *weights_full_, *weights_free_, *activations_full_, *activations_free_;
+  RingPlace<Shape::kWeightStages> weights_place_;
+  RingPlace<Shape::kActivationStages> activations_place_;
+};
+#endif
+
+template <class Layout, int kTokens>
+__global__ void __launch_bounds__(kWgmmaThreads, 1)
+    many_rows_wgmma(const __grid_constant__ ManyRowsArgs args,
+                    const __grid_constant__ ManyRowsLaunch launch) {
+#if NIBBLE_HAS_WGMMA
+  extern __shared__ __align__(1024) char shared[];
+  WgmmaBlock<Layout, kTokens> block(args, launch, shared);
+  if (threadIdx.x == 0) block.init_barriers();
+  __syncthreads();
+  if (threadIdx.x >= kConsumers) {
+    ptx::give_up_registers<24>();
+    const uint32_t warp = (threadIdx.x - kConsumers) / kLanes, lane = threadIdx.x % kLanes;
+    if (warp == 0) block.produce_weights(lane);
+    if (warp == 1 && lane == 0) block.produce_activations();
+    ptx::launch_dependents();
+  } else {
+    ptx::take_registers<240>();
+    ptx::launch_dependents();
+    block.consume();
+  }
+#endif
+}
+
+}  // namespace nibble::cuda

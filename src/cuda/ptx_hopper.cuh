@@ -1,0 +1,124 @@
+#pragma once
+// Hopper's own instructions (sm_90a): asynchronous matrix products of a warpgroup, and what a
+// kernel of producer and consumer warps needs around them.
+
+#include <cuda_fp16.h>
+
+#include "cuda/ptx.cuh"
+
+// Set where the code of a kernel may use them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NIBBLE_HAS_WGMMA 1
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "Hopper code is built for sm_90a: plain sm_90 lacks wgmma"
+#endif
+
+namespace nibble::cuda::ptx {
+
+#if NIBBLE_HAS_WGMMA
+// Registers per thread, for a whole warpgroup: a producer gives up what consumers take.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// What this thread has read from shared memory, the copy engine may overwrite once it hears of it.
+// Without this an arrival at a barrier overtakes the reads before it (seen: 128 bytes of a tile
+// that were the next one's already, a few times in 1e8 reads).
+__device__ __forceinline__ void finish_shared_reads() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// A flag in global memory: what a thread wrote before storing it, others see after loading it.
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+// Waits for `threads` threads of the block that name the same barrier `id` (1 to 15).
+__device__ __forceinline__ void sync_threads(uint32_t id, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The right operand of a product, in shared memory: rows of 64 f16 (128 bytes), each of whose eight
+// 16-byte chunks c stands at c ^ (row % 8). `first` lies at a multiple of 1024 bytes; the operand
+// is 16 columns wide and starts at column 16 * step.
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* first) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kBetweenEightRows = uint64_t{1024 / 16} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;
+  return kSwizzle128 | kBetweenEightRows | kUnused | (shared_address(first) & 0x3ffff) >> 4;
+}
+inline constexpr uint64_t kDescriptorStep = 32 / 16;  // to the next 16 columns
+
+// Registers written before are visible to the products started after.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// Ends a group of products.
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Returns when all groups but the last kPending are done.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Starts sums [64 rows, kColumns] += a [64, 16] * b [kColumns, 16]^T. Warp w of the warpgroup holds
+// rows [16 w, 16 w + 16) of a and of the sums, as multiply_add() does, 8 columns after the other.
+// Until wgmma_wait() neither `sums` nor `a` may be touched.
+template <int kColumns>
+__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const __half2 (&a)[4],
+                                      uint64_t b);
+// clang-format off
+#define NIBBLE_SUMS(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define NIBBLE_LEFT_RIGHT "r"(as_bits(a[0])), "r"(as_bits(a[1])), "r"(as_bits(a[2])), "r"(as_bits(a[3])), "l"(b)
+template <>
+__device__ __forceinline__ void wgmma<16>(float (&sums)[8], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7}, "
+      "{%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0) : NIBBLE_LEFT_RIGHT);
+}
+template <>
+__device__ __forceinline__ void wgmma<32>(float (&sums)[16], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "{%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8) : NIBBLE_LEFT_RIGHT);
+}
+template <>
+__device__ __forceinline__ void wgmma<64>(float (&sums)[32], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+      "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : NIBBLE_LEFT_RIGHT);
+}
+template <>
+__device__ __forceinline__ void wgmma<128>(float (&sums)[64], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT);
+}
+#undef NIBBLE_SUMS
+#undef NIBBLE_LEFT_RIGHT
+// clang-format on
+#endif
+
+}  // namespace nibble::cuda::ptx
