@@ -25,6 +25,7 @@ struct BenchOptions {
   std::string contexts = "512,2048";
   std::string batches = "1";
   uint32_t generate = 64;
+  bool profile = false;
   std::string json;
 };
 
@@ -70,6 +71,9 @@ uint64_t kv_bytes_per_token(const std::vector<backend::KvGroup>& groups, uint32_
   return bytes;
 }
 
+constexpr uint32_t kWarmUp = 1;  // a backend may have to get ready for a shape of step
+constexpr uint32_t kProfiledSteps = 8;
+
 class Bench {
  public:
   Bench(engine::Engine& engine, uint32_t generate)
@@ -83,9 +87,10 @@ class Bench {
     uint32_t length = 0;
     for (const uint32_t context : contexts) {
       bar_.update("bench", points_.size(), points_.size() + contexts.size());
-      const uint32_t fill = context - generate_ - length;
+      const uint32_t fill = context - kWarmUp - generate_ - length;
       const double prefill_ms = prefill(fill);
-      const double decode_ms = decode();
+      decode(kWarmUp);
+      const double decode_ms = decode(generate_);
       length = context;
       peak_kv_bytes_ = std::max(peak_kv_bytes_, engine_.backend().memory().kv_bytes);
       const uint64_t kv_bytes = kv_bytes_per_token(engine_.backend().kv().groups(), context);
@@ -96,6 +101,15 @@ class Bench {
                          .decode_ms = decode_ms / generate_,
                          .bytes_per_token = double(weight_bytes_) / batch + double(kv_bytes)});
     }
+  }
+
+  // Where the time of decode steps goes, at the last point.
+  std::vector<backend::ProfileEntry> profile() {
+    backend::Backend& backend = engine_.backend();
+    backend.set_profiling(true);
+    decode(kProfiledSteps);
+    backend.set_profiling(false);
+    return backend.profile();
   }
 
   const std::vector<Point>& points() const { return points_; }
@@ -112,9 +126,9 @@ class Bench {
     return run_steps();
   }
 
-  double decode() {
+  double decode(uint32_t steps) {
     double ms = 0;
-    for (uint32_t i = 0; i < generate_; ++i) {
+    for (uint32_t i = 0; i < steps; ++i) {
       for (const auto& session : sessions_) {
         const TokenId token = session->next_token();
         session->feed({&token, 1});
@@ -153,6 +167,7 @@ struct Report {
   uint64_t peak_kv_bytes;
   uint64_t peak_bytes;
   double read_bytes_per_s;
+  std::vector<backend::ProfileEntry> profile;  // of kProfiledSteps
 };
 
 boost::json::object to_json(const Report& report, const BenchOptions& options,
@@ -169,6 +184,13 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
                       {"bytes_per_token", point.bytes_per_token},
                       {"bandwidth_fraction", point.bytes_per_s() / report.read_bytes_per_s}});
   }
+  boost::json::array profile;
+  for (const backend::ProfileEntry& entry : report.profile) {
+    profile.push_back({{"kind", entry.kind},
+                       {"calls_per_step", double(entry.calls) / kProfiledSteps},
+                       {"us_per_step", entry.us / kProfiledSteps},
+                       {"bytes_per_step", double(entry.bytes) / kProfiledSteps}});
+  }
   return {{"device", engine.backend().description()},
           {"commit", NIBBLE_COMMIT},
           {"model",
@@ -183,6 +205,7 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
             {"generate", options.generate}}},
           {"read_bytes_per_s", report.read_bytes_per_s},
           {"points", std::move(points)},
+          {"profile", std::move(profile)},
           {"memory",
            {{"weights_bytes", report.memory.weights_bytes},
             {"kv_bytes", report.peak_kv_bytes},
@@ -192,7 +215,7 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
 }
 
 void print(const Report& report) {
-  fmt::print("memory reads at {:.1f} GB/s with the same threads\n\n",
+  fmt::print("memory reads at {:.1f} GB/s with nothing else to do\n\n",
              report.read_bytes_per_s / 1e9);
   fmt::print("{:>5}  {:>7}  {:>13}  {:>12}  {:>7}  {:>8}  {:>5}  {}\n", "batch", "context",
              "prefill tok/s", "decode tok/s", "ms/step", "MB/token", "GB/s", "of memory speed");
@@ -207,23 +230,49 @@ void print(const Report& report) {
              human_bytes(report.memory.workspace_bytes), human_bytes(report.peak_bytes));
 }
 
+// Each kind's time alone, which hides what overlaps in a real step: look at the shares.
+void print_profile(const Report& report) {
+  if (report.profile.empty()) {
+    fmt::print("\nthis backend has no profile\n");
+    return;
+  }
+  double total_us = 0;
+  for (const backend::ProfileEntry& entry : report.profile) total_us += entry.us;
+  fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>6}  {}\n", "decode step", "calls/step",
+             "us/step", "share", "us/call", "GB/s", "of memory speed");
+  for (const backend::ProfileEntry& entry : report.profile) {
+    fmt::print("{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}", entry.kind,
+               double(entry.calls) / kProfiledSteps, entry.us / kProfiledSteps,
+               100 * entry.us / total_us, entry.us / double(entry.calls));
+    if (entry.bytes != 0) {
+      const double bytes_per_s = double(entry.bytes) / (entry.us * 1e-6);
+      fmt::print("  {:>6.0f}  {:>13.1f} %", bytes_per_s / 1e9,
+                 100 * bytes_per_s / report.read_bytes_per_s);
+    }
+    fmt::print("\n");
+  }
+  fmt::print("{:<20} {:>10}  {:>9.1f}\n", "sum", "", total_us / kProfiledSteps);
+}
+
 void bench(const BenchOptions& options) {
   std::vector<uint32_t> contexts = parse_counts("--context", options.contexts);
   const std::vector<uint32_t> batches = parse_counts("--batch", options.batches);
   std::sort(contexts.begin(), contexts.end());
   uint32_t reached = 0;
   for (const uint32_t context : contexts) {
-    if (context <= reached + uint64_t{options.generate}) {
+    if (context <= reached + uint64_t{options.generate} + kWarmUp) {
       throw CLI::ValidationError(
           "--context", fmt::format("{} tokens leave nothing to prefill from {} on before {} are "
                                    "generated; take a smaller --generate",
-                                   context, reached, options.generate));
+                                   context, reached, options.generate + kWarmUp));
     }
     reached = context;
   }
 
   engine::EngineOptions engine_options = options.model.engine_options();
-  if (engine_options.context == 0) engine_options.context = contexts.back();
+  if (engine_options.context == 0) {
+    engine_options.context = contexts.back() + (options.profile ? kProfiledSteps : 0);
+  }
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());
   const OpenModel model = open_model(options.model, engine_options);
 
@@ -233,11 +282,16 @@ void bench(const BenchOptions& options) {
     for (const uint32_t batch : batches) bench.run(batch, contexts);
     report.points = bench.points();
     report.peak_kv_bytes = bench.peak_kv_bytes();
+    if (options.profile) report.profile = bench.profile();
   }
   report.memory = model.engine->backend().memory();
   report.peak_bytes = peak_resident_bytes();  // before the read loop takes memory of its own
-  report.read_bytes_per_s = measure_read_bandwidth(options.model.threads);
+  report.read_bytes_per_s = model.engine->backend().read_bandwidth();
+  if (report.read_bytes_per_s == 0) {
+    report.read_bytes_per_s = measure_read_bandwidth(options.model.threads);
+  }
   print(report);
+  if (options.profile) print_profile(report);
 
   if (!options.json.empty()) {
     std::ofstream out(options.json);
@@ -266,6 +320,8 @@ void add_bench(CLI::App& app) {
       ->add_option("--batch", options->batches,
                    "Conversations side by side, separated by commas; left out: 1")
       ->type_name("N,...");
+  command->add_flag("--profile", options->profile,
+                    "Time each kind of work of a decode step by itself, where the backend can");
   command->add_option("--json", options->json, "Write the results as JSON, too")->type_name("FILE");
   command->footer(
       "The tokens are random with a fixed seed; text plays no role. Prefill is measured from one\n"

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "engine/packed_model.h"
 #include "nibble/terminal.h"
 
 namespace nibble::app {
@@ -50,7 +51,7 @@ CLI::Validator finite_between(double low, double high) {
 }
 
 void add_model(CLI::App& command, std::string& model) {
-  command.add_option("MODEL", model, "GGUF file; left out: the bundled tiny model");
+  command.add_option("MODEL", model, "GGUF file or packed model; left out: the bundled tiny model");
 }
 
 std::filesystem::path model_path(const std::string& model) {
@@ -71,7 +72,7 @@ void ModelOptions::add_to(CLI::App& command) {
   add_model(command, model);
   command
       .add_option("--backend", backend,
-                  "What runs the model: auto, cpu, reference (plain and slow)")
+                  "What runs the model: auto, cuda, cpu, reference (plain and slow)")
       ->check(CLI::IsMember({"auto", "cpu", "cuda", "metal", "reference"}).description(""))
       ->type_name("NAME")
       ->group(kGroup);
@@ -124,7 +125,9 @@ std::optional<backend::KvFormat> parse_kv(const std::string& name) {
 }
 
 void prefer_exact_kv(engine::EngineOptions& options) {
-  if (!options.kv_format) options.kv_format = backend::KvFormat::kF32;
+  if (!options.kv_format && engine::has_kv_format(options.backend, backend::KvFormat::kF32)) {
+    options.kv_format = backend::KvFormat::kF32;
+  }
 }
 
 OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& engine_options) {
@@ -154,7 +157,7 @@ const text::Tokenizer& require_tokenizer(const engine::Engine& engine) {
 }
 
 std::unique_ptr<const text::Tokenizer> open_tokenizer(const std::string& model) {
-  auto tokenizer = text::Tokenizer::from_gguf(gguf::GgufFile::open(model_path(model)));
+  auto tokenizer = text::Tokenizer::from_gguf(engine::ModelFile::open(model_path(model)).gguf());
   if (!tokenizer) fail_without_tokenizer();
   return tokenizer;
 }

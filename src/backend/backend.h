@@ -45,12 +45,21 @@ struct BackendOptions {
   uint32_t threads = 0;   // 0: one per core
   uint32_t device = 0;
   std::vector<uint32_t> max_kv_pages;  // per group of make_kv_groups(plan, kv_format)
+  bool graphs = true;  // replay captured steps where the device can; the results are the same
 };
 
 struct MemoryUse {
   uint64_t weights_bytes = 0;    // the mapping's pages count as weights, too
   uint64_t kv_bytes = 0;         // taken so far
   uint64_t workspace_bytes = 0;  // activations and scratch
+};
+
+// One kind of work of the profiled steps.
+struct ProfileEntry {
+  std::string kind;
+  uint64_t calls;
+  double us;       // in all
+  uint64_t bytes;  // of weights read in all; 0: not counted
 };
 
 // A plan, loaded and ready on one device. Not thread-safe: one run at a time.
@@ -66,6 +75,14 @@ class Backend {
   // and values; the caller commits the sequences afterwards. After an Error the prepared
   // positions are undefined, the committed ones as before.
   virtual void run(const Batch& batch, BatchResult& result) = 0;
+
+  // Bytes per second that the device reads from the memory where weights lie with nothing else to
+  // do, measured now; 0 where that is the host's memory.
+  virtual double read_bandwidth() { return 0; }
+  // Between set_profiling(true) and set_profiling(false) every piece of work is timed by itself,
+  // which slows the whole down; profile() is what came out. Empty where a backend has none.
+  virtual void set_profiling(bool /*on*/) {}
+  virtual std::vector<ProfileEntry> profile() { return {}; }
 };
 
 }  // namespace nibble::backend

@@ -22,6 +22,13 @@ class DeviceArray {
     if (size > 0) NIBBLE_CUDA(cudaMalloc(&data_, size * sizeof(T)));
   }
   explicit DeviceArray(std::span<const T> values) : DeviceArray(values.size()) { upload(values); }
+  // Takes over what cudaMalloc() gave.
+  static DeviceArray adopt(void* data, size_t size) {
+    DeviceArray array;
+    array.data_ = static_cast<T*>(data);
+    array.size_ = size;
+    return array;
+  }
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(DeviceArray&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}

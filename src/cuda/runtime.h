@@ -14,7 +14,7 @@ void check(cudaError_t error, const char* call);
 // Starts a kernel that may begin before the one in front of it ends: it must
 // wait_for_dependencies() before it reads or writes what others touch.
 template <class... Parameters, class... Arguments>
-void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), uint32_t blocks,
+void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks,
                       uint32_t threads, uint32_t shared_bytes, const Arguments&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -26,6 +26,28 @@ void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), uint32
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// Whether the kernel's code, as this device runs it, knows clusters of blocks.
+bool has_clusters(const void* kernel);
+
+// The same in `clusters` clusters of `blocks` blocks each; without clusters `blocks` must be 1.
+template <class... Parameters, class... Arguments>
+void launch_dependent_clusters(cudaStream_t stream, void (*kernel)(Parameters...),
+                               uint32_t clusters, uint32_t blocks, uint32_t threads,
+                               const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {blocks, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = clusters * blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = blocks > 1 ? 2 : 1;
   NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

@@ -8,11 +8,11 @@ namespace nibble::engine {
 
 // Something that this build can run models on.
 struct Device {
-  std::string backend;  // "cpu"
+  std::string backend;  // "cuda", "cpu"
   uint32_t index;       // as in EngineOptions::device
   std::string name;     // "AMD EPYC 7763", as the system calls it
-  uint32_t cores;       // that this process may use
-  std::string isa;      // the instruction set that the kernels take
+  uint32_t cores;       // that this process may use; of a GPU its multiprocessors
+  std::string isa;      // the instruction set that the kernels take; of a GPU its generation
   uint64_t memory_bytes;
   uint64_t free_bytes;
 };

@@ -1,15 +1,19 @@
 #include "engine/engine.h"
 
+#include <algorithm>
 #include <limits>
 #include <set>
 #include <utility>
 
 #include "base/memory.h"
 #include "cpu/cpu_backend.h"
+#ifdef NIBBLE_HAS_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "engine/memory.h"
+#include "engine/packed_model.h"
 #include "engine/sampling_defaults.h"
 #include "engine/scheduler.h"
-#include "model/model.h"
 #include "reference/reference_backend.h"
 
 namespace nibble::engine {
@@ -18,45 +22,6 @@ namespace {
 constexpr uint32_t kDefaultUbatch = 512;
 constexpr uint32_t kMaxUbatch = 65536;
 constexpr uint32_t kMaxSessions = 65536;
-
-// A backend that this build has.
-struct BackendKind {
-  std::string_view name;
-  backend::KvFormat kv_format;  // where none is asked for
-  std::unique_ptr<backend::Backend> (*make)(const backend::Plan&, const backend::BackendOptions&);
-};
-constexpr BackendKind kBackends[] = {
-    {"cpu", backend::KvFormat::kF16, cpu::make_cpu_backend},
-    {"reference", backend::KvFormat::kF32, reference::make_reference_backend},
-};
-
-const BackendKind& find_backend(std::string_view name) {
-  if (name == "auto") return kBackends[0];
-  std::string names = "auto";
-  for (const BackendKind& kind : kBackends) {
-    if (kind.name == name) return kind;
-    names += fmt::format(", {}", kind.name);
-  }
-  if (name == "cuda" || name == "metal") {
-    fail(ErrorCode::kUnsupported, "this build has no backend '{}'; it has: {}", name, names);
-  }
-  fail(ErrorCode::kInvalidArgument, "there is no backend '{}'; this build has: {}", name, names);
-}
-
-void validate(const EngineOptions& options, const BackendKind& kind) {
-  if (options.sessions == 0 || options.sessions > kMaxSessions) {
-    fail(ErrorCode::kInvalidArgument, "{} sessions asked for, expected 1 to {}", options.sessions,
-         kMaxSessions);
-  }
-  if (options.ubatch > kMaxUbatch) {
-    fail(ErrorCode::kInvalidArgument, "ubatch is {}, expected 1 to {}, or 0 for {}", options.ubatch,
-         kMaxUbatch, kDefaultUbatch);
-  }
-  if (options.device != 0) {
-    fail(ErrorCode::kInvalidArgument, "device {} asked for, but backend '{}' has only device 0",
-         options.device, kind.name);
-  }
-}
 
 // Reads one byte of every page, so that the file's time on the disk shows as progress here instead
 // of as a slow first token.
@@ -83,15 +48,96 @@ void page_in(const backend::Plan& plan, const Progress& progress) {
   if (progress) progress("loading", total, total);
 }
 
+// A backend that this build has.
+struct BackendKind {
+  std::string_view name;
+  std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
+  uint32_t (*devices)();
+  uint64_t (*free_bytes)(const backend::Plan&, uint32_t device);
+  std::unique_ptr<backend::Backend> (*make)(const backend::Plan&, const backend::BackendOptions&,
+                                            const Progress&);
+};
+
+// One that reads weights where the file's mapping has them.
+template <auto kMake>
+std::unique_ptr<backend::Backend> make_on_host(const backend::Plan& plan,
+                                               const backend::BackendOptions& options,
+                                               const Progress& progress) {
+  page_in(plan, progress);
+  return kMake(plan, options);
+}
+uint32_t one_device() {
+  return 1;
+}
+uint64_t free_host_bytes(const backend::Plan&, uint32_t) {
+  return available_memory_bytes();
+}
+
+// The best first: "auto" takes the first that has a device.
+const std::vector<BackendKind>& backends() {
+  using enum backend::KvFormat;
+  static const std::vector<BackendKind> kinds = {
+#ifdef NIBBLE_HAS_CUDA
+      {"cuda", {kF16}, cuda::device_count, cuda::free_bytes_for, cuda::make_cuda_backend},
+#endif
+      {"cpu", {kF16, kF32}, one_device, free_host_bytes, make_on_host<cpu::make_cpu_backend>},
+      {"reference",
+       {kF32, kF16},
+       one_device,
+       free_host_bytes,
+       make_on_host<reference::make_reference_backend>},
+  };
+  return kinds;
+}
+
+const BackendKind& find_backend(std::string_view name) {
+  std::string names = "auto";
+  for (const BackendKind& kind : backends()) {
+    const bool chosen = name == "auto" ? kind.devices() > 0 : kind.name == name;
+    if (chosen && kind.devices() == 0) {
+      fail(ErrorCode::kUnsupported, "backend '{}' finds no device on this machine", name);
+    }
+    if (chosen) return kind;
+    names += fmt::format(", {}", kind.name);
+  }
+  if (name == "cuda" || name == "metal") {
+    fail(ErrorCode::kUnsupported, "this build has no backend '{}'; it has: {}", name, names);
+  }
+  fail(ErrorCode::kInvalidArgument, "there is no backend '{}'; this build has: {}", name, names);
+}
+
+void validate(const EngineOptions& options, const BackendKind& kind) {
+  if (options.sessions == 0 || options.sessions > kMaxSessions) {
+    fail(ErrorCode::kInvalidArgument, "{} sessions asked for, expected 1 to {}", options.sessions,
+         kMaxSessions);
+  }
+  if (options.ubatch > kMaxUbatch) {
+    fail(ErrorCode::kInvalidArgument, "ubatch is {}, expected 1 to {}, or 0 for {}", options.ubatch,
+         kMaxUbatch, kDefaultUbatch);
+  }
+  if (options.device >= kind.devices()) {
+    fail(ErrorCode::kInvalidArgument, "device {} asked for, but backend '{}' has {}, from 0 on",
+         options.device, kind.name, kind.devices());
+  }
+  if (options.kv_format && !has_kv_format(options.backend, *options.kv_format)) {
+    fail(ErrorCode::kUnsupported, "backend '{}' has no {} KV", kind.name,
+         to_string(*options.kv_format));
+  }
+}
+
 }  // namespace
 
+bool has_kv_format(std::string_view backend, backend::KvFormat format) {
+  return std::ranges::count(find_backend(backend).kv_formats, format) > 0;
+}
+
 struct Engine::Parts {
-  explicit Parts(gguf::GgufFile opened)
+  explicit Parts(ModelFile opened)
       : file(std::move(opened)),
-        plan(model::build_plan(file)),
-        tokenizer(text::Tokenizer::from_gguf(file)),
-        sampling(sampling_defaults(file)) {
-    if (tokenizer) chat = text::ChatFormat::from_gguf(file, *tokenizer);
+        plan(file.build_plan()),
+        tokenizer(text::Tokenizer::from_gguf(file.gguf())),
+        sampling(sampling_defaults(file.gguf())) {
+    if (tokenizer) chat = text::ChatFormat::from_gguf(file.gguf(), *tokenizer);
     if (tokenizer && tokenizer->vocabulary() != plan.vocabulary) {
       fail(ErrorCode::kMalformedFile,
            "the tokenizer has {} tokens, but the model's embedding has {} rows",
@@ -99,7 +145,7 @@ struct Engine::Parts {
     }
   }
 
-  gguf::GgufFile file;
+  ModelFile file;
   backend::Plan plan;
   std::unique_ptr<const text::Tokenizer> tokenizer;
   std::unique_ptr<const text::ChatFormat> chat;
@@ -112,18 +158,26 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
                                      const EngineOptions& options, const Progress& progress) {
   const BackendKind& kind = find_backend(options.backend);
   validate(options, kind);
-  auto parts = std::make_unique<Parts>(gguf::GgufFile::open(path));
-  const SizeRequest request{.format = options.kv_format.value_or(kind.kv_format),
+  ModelFile file = ModelFile::open(path);
+  if (const PackedModel* packed = file.packed(); packed && packed->backend() != kind.name) {
+    fail(ErrorCode::kUnsupported,
+         "{} is packed for backend '{}', but would run on '{}' here; open the GGUF file that it "
+         "was packed from, {}",
+         path.string(), packed->backend(), kind.name, packed->source_name());
+  }
+  auto parts = std::make_unique<Parts>(std::move(file));
+  const SizeRequest request{.format = options.kv_format.value_or(kind.kv_formats.front()),
                             .context = options.context,
                             .sessions = options.sessions,
                             .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch};
-  Size size = fit(parts->plan, request, available_memory_bytes());
-  page_in(parts->plan, progress);
-  parts->backend = kind.make(parts->plan, {.kv_format = request.format,
-                                           .ubatch = request.ubatch,
-                                           .threads = options.threads,
-                                           .device = options.device,
-                                           .max_kv_pages = std::move(size.max_kv_pages)});
+  Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, options.device));
+  parts->backend = kind.make(parts->plan,
+                             {.kv_format = request.format,
+                              .ubatch = request.ubatch,
+                              .threads = options.threads,
+                              .device = options.device,
+                              .max_kv_pages = std::move(size.max_kv_pages)},
+                             progress);
   parts->scheduler.emplace(*parts->backend, Scheduler::Limits{.vocabulary = parts->plan.vocabulary,
                                                               .context = size.context,
                                                               .ubatch = request.ubatch});
@@ -134,7 +188,7 @@ Engine::Engine(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
 Engine::~Engine() = default;
 
 const gguf::GgufFile& Engine::file() const {
-  return parts_->file;
+  return parts_->file.gguf();
 }
 const backend::Plan& Engine::plan() const {
   return parts_->plan;

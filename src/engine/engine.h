@@ -23,7 +23,7 @@ class Scheduler;
 class Session;
 
 struct EngineOptions {
-  std::string backend = "auto";  // "auto", "cpu", "reference" ("cuda", "metal": not in this build)
+  std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
   std::optional<backend::KvFormat> kv_format;  // nullopt: the backend's default (f16)
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve
@@ -31,6 +31,10 @@ struct EngineOptions {
   uint32_t ubatch = 0;    // most tokens of one step; 0: 512
   uint32_t device = 0;
 };
+
+// Whether a backend, named as in EngineOptions, stores keys and values so. Throws as open() does
+// for a backend that there isn't.
+bool has_kv_format(std::string_view backend, backend::KvFormat format);
 
 // Bytes that a model needs on a backend, computed without loading it.
 struct MemoryNeeds {

@@ -13,73 +13,16 @@
 
 #include "backend/backend.h"
 #include "base/error.h"
+#include "conformance/real_model.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/isa.h"
-#include "gguf/gguf_file.h"
-#include "model/model.h"
 #include "reference/reference_backend.h"
-#include "support/fixtures.h"
 
 namespace nibble {
 namespace {
 
 using namespace backend;
-
-constexpr uint32_t kUbatch = 512;
-
-struct Model {
-  explicit Model(const char* name)
-      : file(gguf::GgufFile::open(test::fixture(std::string("models/") + name))),
-        plan(model::build_plan(file)) {
-    for (int32_t id : test::read_i32(test::fixture("golden/micro.heldout_text.tokens.i32"))) {
-      tokens.push_back({id});
-    }
-  }
-  BackendOptions options(KvFormat format) const {
-    return {.kv_format = format,
-            .ubatch = kUbatch,
-            .threads = 0,
-            .device = 0,
-            .max_kv_pages = std::vector<uint32_t>(make_kv_groups(plan, format).size(), 200)};
-  }
-
-  const gguf::GgufFile file;
-  const Plan plan;
-  std::vector<TokenId> tokens;  // English text
-};
-
-// Runs `tokens` behind what the sequence holds, `chunk` at a time, and returns all their logits.
-std::vector<float> prefill(Backend& backend, KvSequence& kv, std::span<const TokenId> tokens,
-                           size_t chunk) {
-  std::vector<float> logits;
-  for (; !tokens.empty(); tokens = tokens.subspan(std::min(chunk, tokens.size()))) {
-    const std::span part = tokens.first(std::min(chunk, tokens.size()));
-    const uint32_t count = uint32_t(part.size());
-    kv.prepare(count);
-    const BatchSequence sequence{part, &kv, count, {}};
-    BatchResult result;
-    backend.run({.sequences = std::span(&sequence, 1), .stop = {}, .observe = {}}, result);
-    kv.commit(count);
-    logits.insert(logits.end(), result.logits.begin(), result.logits.end());
-  }
-  return logits;
-}
-
-std::vector<float> prefill_fresh(Backend& backend, std::span<const TokenId> tokens, size_t chunk) {
-  KvSequence kv(backend.kv());
-  return prefill(backend, kv, tokens, chunk);
-}
-
-// Root mean square of the difference, relative to that of the values.
-double relative_error(std::span<const float> values, std::span<const float> expected) {
-  EXPECT_EQ(values.size(), expected.size());
-  double error = 0, magnitude = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    error += std::pow(double(values[i]) - expected[i], 2);
-    magnitude += std::pow(double(expected[i]), 2);
-  }
-  return std::sqrt(error / magnitude);
-}
+using namespace conformance;
 
 size_t matrices_on_the_way(const Plan& plan) {
   size_t count = 0;
@@ -136,7 +79,7 @@ INSTANTIATE_TEST_SUITE_P(, AgainstReference, testing::ValuesIn(kReferenceCases),
                          });
 
 TEST_P(AgainstReference, LogitsOfEveryPositionOnEveryIsa) {
-  const Model model(GetParam().file);
+  const RealModel model(GetParam().file);
   const std::span tokens = std::span(model.tokens).first(200);  // past the window of 128
   const auto reference =
       reference::make_reference_backend(model.plan, model.options(GetParam().format));
@@ -159,7 +102,7 @@ TEST_P(AgainstReference, LogitsOfEveryPositionOnEveryIsa) {
 
 class CpuBackendTest : public testing::TestWithParam<const char*> {
  protected:
-  const Model model_{GetParam()};
+  const RealModel model_{GetParam()};
   const std::unique_ptr<Backend> backend_ =
       cpu::make_cpu_backend(model_.plan, model_.options(KvFormat::kF16));
   std::span<const TokenId> tokens_ = std::span<const TokenId>(model_.tokens).first(560);

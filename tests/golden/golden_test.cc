@@ -1,5 +1,5 @@
 // The whole model against golden data: micro-gemma4-f16 as Hugging Face transformers runs it in
-// float32, on every backend, with f32 KV.
+// float32, on every backend, with the most exact KV that it has.
 
 #include <gtest/gtest.h>
 
@@ -14,6 +14,9 @@
 
 #include "backend/backend.h"
 #include "cpu/cpu_backend.h"
+#ifdef NIBBLE_HAS_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "gguf/gguf_file.h"
 #include "model/model.h"
 #include "reference/reference_backend.h"
@@ -27,13 +30,22 @@ using namespace backend;
 struct BackendCase {
   std::string name;
   std::unique_ptr<Backend> (*make)(const Plan&, const BackendOptions&);
+  uint32_t (*devices)();
+  KvFormat kv_format;
+  double error_per_layer;   // of the residual, relative to its largest value
   double logits_tolerance;  // in a range of +-20
 };
+
+uint32_t one_device() {
+  return 1;
+}
 
 // What float32 costs, relative to a row's largest value: roundings of random sign in a sum of n
 // products add up to about sqrt(n) * 2^-24, and in each layer the residual takes up the results of
 // four matrices, of at most 512 columns here.
-const double kErrorPerLayer = 4 * std::sqrt(512) * 0x1p-24;
+const double kFloatErrorPerLayer = 4 * std::sqrt(512) * 0x1p-24;
+// The same matrices on activations rounded to f16: 2^-11 of each at most.
+const double kHalfErrorPerLayer = 4 * 0x1p-11;
 
 struct Prompt {
   std::vector<TokenId> tokens, greedy;
@@ -57,12 +69,18 @@ Prompt read_prompt(const std::string& name) {
 
 class Golden : public testing::TestWithParam<std::tuple<BackendCase, const char*>> {
  protected:
+  void SetUp() override {
+    if (backend_case().devices() == 0) GTEST_SKIP() << "this machine has no device for it";
+    backend_ = backend_case().make(plan_, {.kv_format = backend_case().kv_format,
+                                           .ubatch = 512,
+                                           .threads = 0,
+                                           .max_kv_pages = {64, 64}});
+  }
   const BackendCase& backend_case() const { return std::get<0>(GetParam()); }
 
   const gguf::GgufFile file_ = gguf::GgufFile::open(test::fixture("models/micro-gemma4-f16.gguf"));
   const Plan plan_ = model::build_plan(file_);
-  const std::unique_ptr<Backend> backend_ = backend_case().make(
-      plan_, {.kv_format = KvFormat::kF32, .ubatch = 512, .threads = 0, .max_kv_pages = {64, 64}});
+  std::unique_ptr<Backend> backend_;
   const Prompt prompt_ = read_prompt(std::get<1>(GetParam()));
 };
 
@@ -89,7 +107,7 @@ TEST_P(Golden, LogitsAndEveryLayerOfThePrompt) {
       magnitude = std::max(magnitude, double{std::abs(expected[i])});
       error = std::max(error, double{std::abs(layers[layer][i] - expected[i])});
     }
-    EXPECT_LE(error, std::max(0x1p-23, double(layer) * kErrorPerLayer) * magnitude)
+    EXPECT_LE(error, std::max(0x1p-23, double(layer) * backend_case().error_per_layer) * magnitude)
         << "after " << layer << " layers";
   }
 
@@ -121,13 +139,25 @@ TEST_P(Golden, GreedyContinuation) {
   EXPECT_EQ(continuation, prompt_.greedy);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Micro, Golden,
-    testing::Combine(testing::Values(BackendCase{"reference", reference::make_reference_backend,
-                                                 1e-4},
-                                     BackendCase{"cpu", cpu::make_cpu_backend, 2e-3}),
-                     testing::Values("chat", "freedom", "longer_than_window")),
-    [](const auto& info) { return std::get<0>(info.param).name + "_" + std::get<1>(info.param); });
+const BackendCase kBackendCases[] = {
+    {"reference", reference::make_reference_backend, one_device, KvFormat::kF32,
+     kFloatErrorPerLayer, 1e-4},
+    {"cpu", cpu::make_cpu_backend, one_device, KvFormat::kF32, kFloatErrorPerLayer, 2e-3},
+#ifdef NIBBLE_HAS_CUDA
+    {"cuda",
+     [](const Plan& plan, const BackendOptions& options) {
+       return cuda::make_cuda_backend(plan, options, {});
+     },
+     cuda::device_count, KvFormat::kF16, kHalfErrorPerLayer, 0.02},
+#endif
+};
+
+INSTANTIATE_TEST_SUITE_P(Micro, Golden,
+                         testing::Combine(testing::ValuesIn(kBackendCases),
+                                          testing::Values("chat", "freedom", "longer_than_window")),
+                         [](const auto& info) {
+                           return std::get<0>(info.param).name + "_" + std::get<1>(info.param);
+                         });
 
 }  // namespace
 }  // namespace nibble

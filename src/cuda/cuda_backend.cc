@@ -1,0 +1,619 @@
+#include "cuda/cuda_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "base/error.h"
+#include "cuda/attention/attention.h"
+#include "cuda/elementwise/elementwise.h"
+#include "cuda/linear/launch_few_rows.h"
+#include "cuda/memory/device_kv_store.h"
+#include "cuda/memory/device_weights.h"
+#include "cuda/memory/read_bandwidth.h"
+#include "cuda/profiler.h"
+#include "cuda/step_inputs.h"
+
+namespace nibble::cuda {
+namespace {
+
+using namespace backend;
+
+constexpr float kLargestHalf = 65504;
+
+// A stream that ends with its owner.
+struct Stream {
+  Stream() { NIBBLE_CUDA(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(handle); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  cudaStream_t handle = nullptr;
+};
+
+struct Graph {
+  explicit Graph(cudaGraph_t captured) {
+    const cudaError_t error = cudaGraphInstantiate(&handle, captured, 0);
+    cudaGraphDestroy(captured);
+    check(error, "cudaGraphInstantiate");
+  }
+  ~Graph() { cudaGraphExecDestroy(handle); }
+  Graph(Graph&& other) noexcept : handle(std::exchange(other.handle, nullptr)) {}
+  Graph& operator=(Graph&&) = delete;
+  cudaGraphExec_t handle = nullptr;
+};
+
+struct FreePinned {
+  void operator()(int32_t* tokens) const { cudaFreeHost(tokens); }
+};
+using PinnedTokens = std::unique_ptr<int32_t[], FreePinned>;
+
+// What a kernel of a matrix is started with, but for its activations.
+struct LinearCall {
+  const MatrixPart* part;
+  FewRowsArgs args;
+  FewRowsLaunch launch;
+};
+
+// The result of a linear, and what it must still be multiplied by.
+struct Product {
+  Sums sums;
+  const float* scales;  // [rows]
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const Plan& plan, const BackendOptions& options, const Progress& progress);
+
+  std::string description() const override;
+  KvStore& kv() override { return kv_; }
+  MemoryUse memory() const override;
+  void run(const Batch& batch, BatchResult& result) override;
+  double read_bandwidth() override { return measure_read_bandwidth(stream_.handle); }
+  void set_profiling(bool on) override { profiler_.set(on); }
+  std::vector<ProfileEntry> profile() override { return profiler_.entries(); }
+
+ private:
+  void add_norm(const RmsNorm& norm);
+  void add_attention(const NormQkvStep& qkv, const AttendStep& attend);
+  void reserve_workspace();
+  void grow_attention_workspace();
+
+  // Starts the kernels of the whole step.
+  void launch_step(const Batch* batch, BatchResult* result);
+  void run_graph();
+  void observe(const Batch& batch, size_t step, ValueId value);
+
+  // Each returns the value it wrote, where it is one that exists: queries and what attention makes
+  // of them live in the layouts of the kernels alone.
+  std::optional<ValueId> run_step(const EmbedStep& step, size_t index);
+  std::optional<ValueId> run_step(const NormQkvStep& step, size_t index);
+  std::optional<ValueId> run_step(const AttendStep&, size_t) { return {}; }  // done by NormQkvStep
+  std::optional<ValueId> run_step(const ProjectStep& step, size_t index);
+  std::optional<ValueId> run_step(const GatedMlpStep& step, size_t index);
+  std::optional<ValueId> run_step(const LogitsStep&, size_t) { return {}; }  // run_head()
+  void run_head(const LogitsStep& step, BatchResult* result);
+
+  // The rows' product with a weight: parts as they are for few rows, else added up.
+  Product multiply(std::string_view what, WeightId weight, const ScaledRows& input);
+  // Of one chunk of rows, into parts_.
+  Sums multiply_chunk(WeightId weight, const ActivationRows& input);
+  std::vector<LinearCall> linear_calls(WeightId weight, uint32_t rows) const;
+  Product add_up(const Product& product);
+  // Whether activations of this norm could be too large for f16.
+  bool may_leave_range(const RmsNorm& norm) const;
+  // The residual takes up a product; the norm of the step after `index` comes along.
+  void update(const Product& product, const std::optional<RmsNorm>& post_norm, float output_scale,
+              size_t index);
+
+  DeviceNorm device_norm(const RmsNorm& norm) const {
+    return {norm.weight.empty() ? nullptr : norms_.at(&norm).data(), norm.epsilon};
+  }
+  HeadNorm head_norm(const std::optional<RmsNorm>& norm) const {
+    if (!norm) return {};
+    return {true, norm->epsilon, device_norm(*norm).weight};
+  }
+  // The norm that the step after `index` begins with.
+  const RmsNorm& next_norm(size_t index) const;
+  ScaledRows rows_of(DeviceArray<uint16_t>& values, DeviceArray<ActivationMeans>& means,
+                     DeviceArray<float>& scales, uint32_t width, uint32_t rows) {
+    return {{values.data(), means.data(), rows, TileGrid(1, width).column_tiles}, scales.data()};
+  }
+  ScaledRows normed(uint32_t rows) {
+    return rows_of(normed_values_, normed_means_, normed_scales_, plan_.hidden, rows);
+  }
+  ScaledRows inner(uint32_t width, uint32_t rows) {
+    return rows_of(inner_values_, inner_means_, inner_scales_, width, rows);
+  }
+  uint32_t rows() const { return inputs_.shape().rows; }
+
+  // kind: what the profile calls it; bytes: what it must read
+  template <class Launch>
+  void timed(std::string_view kind, uint64_t bytes, const Launch& launch) {
+    profiler_.time(stream_.handle, kind, bytes, launch);
+  }
+
+  const Plan& plan_;
+  const BackendOptions options_;
+  const DeviceInfo device_;
+  DeviceShape device_shape_;
+  Stream stream_;
+  DeviceWeights weights_;
+  DeviceKvStore kv_;
+  const std::vector<KvPlace> kv_places_;
+  StepInputs inputs_{kv_};
+
+  std::map<const RmsNorm*, DeviceArray<float>> norms_;  // the plan's
+  std::map<const Rope*, DeviceArray<float>> ropes_;
+  std::map<const NormQkvStep*, AttentionLayer> attention_;
+
+  DeviceArray<float> residual_;  // [ubatch, hidden]
+  DeviceArray<float> parts_;     // of one chunk of rows
+  DeviceArray<float> summed_;    // [ubatch, rows of a weight]
+  DeviceArray<float> ones_;      // [ubatch]
+  DeviceArray<float> logits_;    // [kMostRows, vocabulary]
+  DeviceArray<uint16_t> normed_values_, inner_values_;
+  DeviceArray<ActivationMeans> normed_means_, inner_means_;
+  DeviceArray<float> normed_scales_, inner_scales_;
+  DeviceArray<std::byte> attention_workspace_;
+  PinnedTokens sampled_;  // [ubatch]: the device writes there
+  uint64_t workspace_bytes_ = 0;
+
+  std::map<StepShape, Graph> graphs_;
+  Profiler profiler_;
+};
+
+DeviceInfo select(uint32_t device) {
+  if (device >= device_count()) {
+    fail(ErrorCode::kInvalidArgument, "CUDA device {} asked for, but there are {}", device,
+         device_count());
+  }
+  NIBBLE_CUDA(cudaSetDevice(int(device)));
+  return device_info(device);
+}
+
+// Says what is missing before anything is loaded.
+const Plan& require_memory(const Plan& plan, const DeviceInfo& device) {
+  const uint64_t needed = packed_bytes(plan);
+  if (needed > device.free_bytes) {
+    fail(ErrorCode::kOutOfMemory,
+         "{} has {} bytes ({:.2f} GiB) free, but the weights alone need {} ({:.2f} GiB); layers "
+         "can't be shared between GPU and CPU: use --backend cpu or a smaller model",
+         device.name, device.free_bytes, double(device.free_bytes) / (1 << 30), needed,
+         double(needed) / (1 << 30));
+  }
+  return plan;
+}
+
+CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const Progress& progress)
+    : plan_(plan),
+      options_(options),
+      device_(select(options.device)),
+      weights_(require_memory(plan, device_), progress),
+      kv_(make_kv_groups(plan, options.kv_format), options.max_kv_pages, stream_.handle),
+      kv_places_(kv_places(plan, kv_.groups())) {
+  int shared_bytes;
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     int(options.device)));
+  device_shape_ = {device_.multiprocessors, uint32_t(shared_bytes)};
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    const Step& step = plan.steps[i];
+    if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
+      const auto* attend =
+          i + 1 < plan.steps.size() ? std::get_if<AttendStep>(&plan.steps[i + 1]) : nullptr;
+      NIBBLE_CHECK(attend && attend->query == qkv->query && attend->cache == qkv->cache);
+      add_norm(qkv->norm);
+      add_attention(*qkv, *attend);
+    } else if (const auto* project = std::get_if<ProjectStep>(&step)) {
+      if (project->post_norm) add_norm(*project->post_norm);
+    } else if (const auto* mlp = std::get_if<GatedMlpStep>(&step)) {
+      NIBBLE_CHECK(mlp->activation == Activation::kGeluTanh);
+      add_norm(mlp->norm);
+      if (mlp->post_norm) add_norm(*mlp->post_norm);
+    } else if (const auto* logits = std::get_if<LogitsStep>(&step)) {
+      add_norm(logits->norm);
+    }
+  }
+  reserve_workspace();
+}
+
+void CudaBackend::add_norm(const RmsNorm& norm) {
+  if (!norm.weight.empty()) norms_.emplace(&norm, std::span(norm.weight));
+}
+
+void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend) {
+  for (const auto* norm : {&qkv.query_norm, &qkv.key_norm, &qkv.value_norm}) {
+    if (*norm) add_norm(**norm);
+  }
+  const auto& rope =
+      ropes_.emplace(&qkv.rope, std::span(qkv.rope.inverse_frequencies)).first->second;
+  const KvPlace place = kv_places_[qkv.cache.value];
+  const KvLayer& layer = kv_.groups()[place.group].layers[place.layer];
+  attention_[&qkv] = {.shape = qkv.shape,
+                      .window = plan_.cache(qkv.cache).window,
+                      .scale = attend.scale,
+                      .value_is_key = qkv.value_is_key,
+                      .query_norm = head_norm(qkv.query_norm),
+                      .key_norm = head_norm(qkv.key_norm),
+                      .value_norm = head_norm(qkv.value_norm),
+                      .inverse_frequencies = rope.data(),
+                      .format = kv_.groups()[place.group].format,
+                      .key_offset = layer.key_offset,
+                      .value_offset = layer.value_offset};
+}
+
+void CudaBackend::reserve_workspace() {
+  const uint64_t ubatch = options_.ubatch;
+  uint64_t part_floats = 0, summed_width = 0;
+  uint32_t inner_width = 0;
+  const auto reserve = [&](WeightId id, bool all_rows) {
+    const DeviceMatrix& matrix = weights_.matrix(id);
+    for (uint32_t rows = 1; rows <= kMostRows; ++rows) {
+      for (const LinearCall& call : linear_calls(id, rows))
+        part_floats = std::max(part_floats, uint64_t(call.launch.parts()) * rows * matrix.rows);
+    }
+    if (all_rows) summed_width = std::max<uint64_t>(summed_width, matrix.rows);
+  };
+  for (const Step& step : plan_.steps) {
+    if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
+      reserve(qkv->qkv, true);
+      inner_width = std::max(inner_width, qkv->shape.query_width());
+    } else if (const auto* project = std::get_if<ProjectStep>(&step)) {
+      reserve(project->weight, true);
+    } else if (const auto* mlp = std::get_if<GatedMlpStep>(&step)) {
+      reserve(mlp->gate_up, true);
+      reserve(mlp->down, true);
+      inner_width = std::max(inner_width, weights_.matrix(mlp->down).columns);
+    } else if (const auto* logits = std::get_if<LogitsStep>(&step)) {
+      reserve(logits->weight, false);
+    }
+  }
+  const auto activations = [&](uint32_t width, auto& values, auto& means, auto& scales) {
+    const uint64_t tiles = ubatch * TileGrid(1, width).column_tiles;
+    values = DeviceArray<uint16_t>(tiles * kTileColumns);
+    means = DeviceArray<ActivationMeans>(tiles);
+    scales = DeviceArray<float>(std::vector<float>(ubatch, 1.0f));
+    NIBBLE_CUDA(cudaMemset(values.data(), 0, values.size() * sizeof(uint16_t)));
+    NIBBLE_CUDA(cudaMemset(means.data(), 0, means.size() * sizeof(ActivationMeans)));
+    workspace_bytes_ += tiles * (kTileColumns * 2 + sizeof(ActivationMeans)) + ubatch * 4;
+  };
+  activations(plan_.hidden, normed_values_, normed_means_, normed_scales_);
+  activations(inner_width, inner_values_, inner_means_, inner_scales_);
+  residual_ = DeviceArray<float>(ubatch * plan_.hidden);
+  parts_ = DeviceArray<float>(part_floats);
+  summed_ = DeviceArray<float>((ubatch > kMostRows ? ubatch : kMostRows) * summed_width);
+  ones_ = DeviceArray<float>(std::vector<float>(ubatch, 1.0f));
+  logits_ = DeviceArray<float>(uint64_t{kMostRows} * plan_.vocabulary);
+  for (const auto* floats : {&residual_, &parts_, &summed_, &ones_, &logits_})
+    workspace_bytes_ += floats->size() * sizeof(float);
+  void* sampled;
+  NIBBLE_CUDA(cudaMallocHost(&sampled, ubatch * sizeof(int32_t)));
+  sampled_.reset(static_cast<int32_t*>(sampled));
+}
+
+std::string CudaBackend::description() const {
+  return fmt::format("cuda: {}, compute capability {}.{}", device_.name, device_.major,
+                     device_.minor);
+}
+
+MemoryUse CudaBackend::memory() const {
+  return {.weights_bytes = weights_.bytes(),
+          .kv_bytes = kv_.allocated_bytes(),
+          .workspace_bytes = workspace_bytes_ + attention_workspace_.size()};
+}
+
+void CudaBackend::run(const Batch& batch, BatchResult& result) {
+  NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // also after a step that failed
+  result.logits.clear();
+  result.sampled.clear();
+  if (!inputs_.send(batch, stream_.handle)) graphs_.clear();
+  const StepShape& shape = inputs_.shape();
+  NIBBLE_CHECK(shape.rows <= options_.ubatch);
+  grow_attention_workspace();
+
+  const bool replay = options_.graphs && shape.decode && shape.rows <= kMostRows &&
+                      !batch.observe && !profiler_.on();
+  if (!replay) {
+    launch_step(&batch, &result);
+  } else {
+    if (batch.stop && batch.stop()) fail(ErrorCode::kCancelled, "cancelled before the step");
+    run_graph();
+  }
+  NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));
+  for (uint32_t i = 0; i < shape.requests; ++i) result.sampled.push_back({sampled_.get()[i]});
+}
+
+void CudaBackend::run_graph() {
+  auto graph = graphs_.find(inputs_.shape());
+  if (graph == graphs_.end()) {
+    NIBBLE_CUDA(cudaStreamBeginCapture(stream_.handle, cudaStreamCaptureModeThreadLocal));
+    cudaGraph_t captured = nullptr;
+    try {
+      launch_step(nullptr, nullptr);
+    } catch (...) {
+      cudaStreamEndCapture(stream_.handle, &captured);
+      cudaGraphDestroy(captured);
+      throw;
+    }
+    NIBBLE_CUDA(cudaStreamEndCapture(stream_.handle, &captured));
+    graph = graphs_.emplace(inputs_.shape(), captured).first;
+  }
+  NIBBLE_CUDA(cudaGraphLaunch(graph->second.handle, stream_.handle));
+}
+
+void CudaBackend::launch_step(const Batch* batch, BatchResult* result) {
+  for (size_t i = 0; i < plan_.steps.size(); ++i) {
+    if (batch && batch->stop && batch->stop()) {
+      fail(ErrorCode::kCancelled, "cancelled before step {} of {}", i + 1, plan_.steps.size());
+    }
+    if (const auto* logits = std::get_if<LogitsStep>(&plan_.steps[i])) {
+      run_head(*logits, result);
+      continue;
+    }
+    const std::optional<ValueId> written =
+        std::visit([&](const auto& step) -> std::optional<ValueId> { return run_step(step, i); },
+                   plan_.steps[i]);
+    if (written && batch && batch->observe) observe(*batch, i, *written);
+  }
+}
+
+// The residual's rows in the batch's order.
+void CudaBackend::observe(const Batch& batch, size_t step, ValueId value) {
+  const size_t width = plan_.hidden;
+  std::vector<float> device(rows() * width), ordered;
+  NIBBLE_CUDA(cudaMemcpyAsync(device.data(), residual_.data(), device.size() * sizeof(float),
+                              cudaMemcpyDeviceToHost, stream_.handle));
+  NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));
+  for (uint32_t i = 0; i < batch.sequences.size(); ++i) {
+    const auto begin = device.begin() + ptrdiff_t(inputs_.first_row(i) * width);
+    ordered.insert(ordered.end(), begin,
+                   begin + ptrdiff_t(batch.sequences[i].tokens.size() * width));
+  }
+  batch.observe(step, value, ordered);
+}
+
+const RmsNorm& CudaBackend::next_norm(size_t index) const {
+  const Step& next = plan_.steps.at(index + 1);
+  if (const auto* qkv = std::get_if<NormQkvStep>(&next)) return qkv->norm;
+  if (const auto* mlp = std::get_if<GatedMlpStep>(&next)) return mlp->norm;
+  return std::get<LogitsStep>(next).norm;
+}
+
+std::optional<ValueId> CudaBackend::run_step(const EmbedStep& step, size_t index) {
+  const DeviceMatrix& table = weights_.matrix(step.table);
+  NIBBLE_CHECK(table.parts.size() == 1 && !table.parts[0].second);
+  const EmbedArgs args = {.tiles = table.parts[0].rows[0].tiles,
+                          .layout = table.parts[0].first,
+                          .width = table.columns,
+                          .tokens = inputs_.tokens(),
+                          .scale = step.scale,
+                          .residual = residual_.data(),
+                          .norm = device_norm(next_norm(index)),
+                          .normed = normed(rows())};
+  timed("embed", table.bytes / table.rows * rows(), [&] { launch_embed(stream_.handle, args); });
+  return step.output;
+}
+
+std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
+  const AttentionLayer& layer = attention_.at(&step);
+  Product product = multiply("q, k, v", step.qkv, normed(rows()));
+  // Attention takes sums as they are: scales that may differ from 1 are applied before.
+  if (may_leave_range(step.norm)) product = add_up(product);
+  const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
+                                                  rows(), inputs_.shape().single_rows);
+  const AttentionArgs args = {.places = inputs_.places(),
+                              .tables = inputs_.tables(kv_places_[step.cache.value].group),
+                              .sums = product.sums.values,
+                              .parts = product.sums.parts,
+                              .stride = product.sums.stride,
+                              .workspace = attention_workspace_.data(),
+                              .output = inner(layer.shape.query_width(), rows()).rows};
+  timed(layer.window == 0 ? "attention, full" : "attention, window", 0,
+        [&] { launch_attention(stream_.handle, layer, launch, args); });
+  return std::nullopt;
+}
+
+std::optional<ValueId> CudaBackend::run_step(const ProjectStep& step, size_t index) {
+  // Attention's output is a mean of values that f16 holds: it needs no scale.
+  ScaledRows input = inner(weights_.matrix(step.weight).columns, rows());
+  input.scales = ones_.data();
+  update(multiply("attention output", step.weight, input), step.post_norm, step.output_scale,
+         index);
+  return step.residual;
+}
+
+std::optional<ValueId> CudaBackend::run_step(const GatedMlpStep& step, size_t index) {
+  const uint32_t ffn = weights_.matrix(step.down).columns;
+  const Product gate_up = multiply("gate and up", step.gate_up, normed(rows()));
+  const GatedArgs args = {gate_up.sums, gate_up.scales, ffn, inner(ffn, rows())};
+  timed("gelu", 0, [&] { launch_gated_gelu(stream_.handle, args); });
+  update(multiply("down", step.down, inner(ffn, rows())), step.post_norm, step.output_scale, index);
+  return step.residual;
+}
+
+void CudaBackend::update(const Product& product, const std::optional<RmsNorm>& post_norm,
+                         float output_scale, size_t index) {
+  const UpdateArgs args = {.sums = product.sums,
+                           .scales = product.scales,
+                           .width = plan_.hidden,
+                           .has_post_norm = post_norm.has_value(),
+                           .post_norm = post_norm ? device_norm(*post_norm) : DeviceNorm{},
+                           .output_scale = output_scale,
+                           .residual = residual_.data(),
+                           .next_norm = device_norm(next_norm(index)),
+                           .normed = normed(rows())};
+  timed("norms, residual", 0, [&] { launch_update(stream_.handle, args); });
+}
+
+void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
+  const std::vector<HeadRow>& head = inputs_.head();
+  const uint32_t vocabulary = plan_.vocabulary;
+  uint32_t first_request = 0;
+  for (uint32_t first = 0; first < head.size(); first += kMostRows) {
+    const uint32_t count = std::min(uint32_t(head.size()) - first, kMostRows);
+    const ScaledRows input = normed(count);
+    // The rows of a decode step are all wanted, in their order, and normed already.
+    if (!inputs_.shape().decode || rows() > kMostRows) {
+      const NormArgs args = {.residual = residual_.data(),
+                             .rows = inputs_.head_rows() + first,
+                             .width = plan_.hidden,
+                             .norm = device_norm(step.norm),
+                             .normed = input};
+      timed("head's norm", 0, [&] { launch_norm(stream_.handle, args); });
+    }
+    const Product product = multiply("head", step.weight, input);
+    const SumArgs sum = {product.sums, product.scales, vocabulary, step.softcap, logits_.data()};
+    timed("softcap", 0, [&] { launch_sum(stream_.handle, sum); });
+
+    uint32_t requests = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+      if (head[first + i].download) {
+        const size_t at = result->logits.size();
+        result->logits.resize(at + vocabulary);
+        NIBBLE_CUDA(cudaMemcpyAsync(&result->logits[at], logits_.data() + size_t{i} * vocabulary,
+                                    vocabulary * sizeof(float), cudaMemcpyDeviceToHost,
+                                    stream_.handle));
+        NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // before the vector grows again
+      }
+      requests += head[first + i].sample;
+    }
+    if (requests == 0) continue;
+    const SampleArgs args = {.requests = inputs_.requests() + first_request,
+                             .count = requests,
+                             .biases = inputs_.biases(),
+                             .seen = inputs_.seen(),
+                             .logits = logits_.data(),
+                             .vocabulary = vocabulary,
+                             .tokens = sampled_.get() + first_request};
+    timed("sampling", 0, [&] { launch_sample(stream_.handle, args); });
+    first_request += requests;
+  }
+}
+
+std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows) const {
+  const DeviceMatrix& matrix = weights_.matrix(weight);
+  std::vector<LinearCall> calls;
+  for (const MatrixPart& part : matrix.parts) {
+    FewRowsArgs args = {};
+    args.weights[0] = part.rows[0];
+    args.weights[1] = part.rows[1];
+    args.column_tiles = TileGrid(1, matrix.columns).column_tiles;
+    args.rows = rows;
+    args.output_stride = matrix.rows;
+    calls.push_back({&part, args,
+                     choose_few_rows(device_shape_, part.first, part.rows[0].rows, part.second,
+                                     part.rows[1].rows, matrix.columns, rows)});
+  }
+  return calls;
+}
+
+Sums CudaBackend::multiply_chunk(WeightId weight, const ActivationRows& input) {
+  std::vector<LinearCall> calls = linear_calls(weight, input.rows);
+  const auto parts_of = [](const LinearCall& call) { return call.launch.parts(); };
+  const Sums sums = {parts_.data(), parts_of(*std::ranges::max_element(calls, {}, parts_of)),
+                     input.rows, weights_.matrix(weight).rows};
+  const bool equal = std::ranges::all_of(
+      calls, [&](const LinearCall& call) { return parts_of(call) == sums.parts; });
+  if (!equal) {  // some rows have fewer parts than others
+    const size_t floats = size_t{sums.parts} * sums.rows * sums.stride;
+    NIBBLE_CUDA(cudaMemsetAsync(parts_.data(), 0, floats * sizeof(float), stream_.handle));
+  }
+  for (LinearCall& call : calls) {
+    call.args.activations = input.values;
+    call.args.means = input.means;
+    call.args.output = parts_.data();
+    launch_few_rows(stream_.handle, call.part->first, call.part->second, call.args, call.launch);
+  }
+  return sums;
+}
+
+Product CudaBackend::multiply(std::string_view what, WeightId weight, const ScaledRows& input) {
+  const DeviceMatrix& matrix = weights_.matrix(weight);
+  const uint32_t total = input.rows.rows;
+  Product product = {};
+  timed(what, matrix.bytes * ((total + kMostRows - 1) / kMostRows), [&] {
+    if (total <= kMostRows) {
+      product = {multiply_chunk(weight, input.rows), input.scales};
+      return;
+    }
+    for (uint32_t first = 0; first < total; first += kMostRows) {
+      ActivationRows chunk = input.rows;
+      chunk.rows = std::min(total - first, kMostRows);
+      chunk.values += uint64_t(first) * chunk.column_tiles * kTileColumns;
+      chunk.means += uint64_t(first) * chunk.column_tiles;
+      launch_sum(stream_.handle, {multiply_chunk(weight, chunk), input.scales + first, matrix.rows,
+                                  0, summed_.data() + uint64_t(first) * matrix.rows});
+    }
+    product = {{summed_.data(), 1, total, matrix.rows}, ones_.data()};
+  });
+  return product;
+}
+
+Product CudaBackend::add_up(const Product& product) {
+  if (product.scales == ones_.data()) return product;
+  const uint32_t width = product.sums.stride;
+  launch_sum(stream_.handle, {product.sums, product.scales, width, 0, summed_.data()});
+  return {{summed_.data(), 1, product.sums.rows, width}, ones_.data()};
+}
+
+bool CudaBackend::may_leave_range(const RmsNorm& norm) const {
+  float largest = norm.weight.empty() ? 1.0f : 0.0f;
+  for (const float weight : norm.weight) largest = std::max(largest, std::abs(weight));
+  return !(largest * std::sqrt(float(plan_.hidden)) <= kLargestHalf);
+}
+
+void CudaBackend::grow_attention_workspace() {
+  uint64_t bytes = 0;
+  for (const auto& [step, layer] : attention_) {
+    const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
+                                                    rows(), inputs_.shape().single_rows);
+    bytes = std::max(bytes, attention_workspace(layer.shape, launch).bytes);
+  }
+  if (bytes <= attention_workspace_.size()) return;
+  graphs_.clear();
+  attention_workspace_ = {};
+  attention_workspace_ = DeviceArray<std::byte>(bytes);
+}
+
+}  // namespace
+
+uint32_t device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? uint32_t(count) : 0;
+}
+
+DeviceInfo device_info(uint32_t device) {
+  cudaDeviceProp properties;
+  NIBBLE_CUDA(cudaGetDeviceProperties(&properties, int(device)));
+  int current;
+  NIBBLE_CUDA(cudaGetDevice(&current));
+  NIBBLE_CUDA(cudaSetDevice(int(device)));
+  size_t free, total;
+  NIBBLE_CUDA(cudaMemGetInfo(&free, &total));
+  NIBBLE_CUDA(cudaSetDevice(current));
+  return {.name = properties.name,
+          .multiprocessors = uint32_t(properties.multiProcessorCount),
+          .major = uint32_t(properties.major),
+          .minor = uint32_t(properties.minor),
+          .memory_bytes = total,
+          .free_bytes = free};
+}
+
+uint64_t free_bytes_for(const Plan& plan, uint32_t device) {
+  const uint64_t free = select(device).free_bytes;
+  const uint64_t packed = packed_bytes(plan), in_file = plan.weight_bytes();
+  const uint64_t more = packed > in_file ? packed - in_file : 0;
+  return free > more ? free - more : 0;
+}
+
+std::unique_ptr<Backend> make_cuda_backend(const Plan& plan, const BackendOptions& options,
+                                           const Progress& progress) {
+  return std::make_unique<CudaBackend>(plan, options, progress);
+}
+
+}  // namespace nibble::cuda

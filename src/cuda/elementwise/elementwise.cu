@@ -1,0 +1,206 @@
+#include <algorithm>
+
+#include "cuda/elementwise/elementwise.h"
+#include "cuda/elementwise/row.cuh"
+#include "cuda/runtime.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kManyTiles = 4;         // pieces that a lane holds of a wide row
+constexpr uint32_t kSumThreads = 256;
+
+uint32_t tiles_of(uint32_t width) {
+  return (width + kTileColumns - 1) / kTileColumns;
+}
+
+template <class Layout, int kTiles>
+__global__ void __launch_bounds__(kMostWarps* kLanes)
+    embed_kernel(const __grid_constant__ EmbedArgs args) {
+  __shared__ ReduceShared shared;
+  const ClusterPlace place;
+  ptx::launch_dependents();
+  cluster_sync(place);
+  const uint32_t row = blockIdx.x / place.blocks, width = args.width;
+  const auto weight = load_weights<kTiles>(place, args.norm, width);
+  const uint32_t token = uint32_t(args.tokens[row]);
+  const uint32_t column_tiles = (width + kTileColumns - 1) / kTileColumns;
+  const Layout* const tiles =
+      static_cast<const Layout*>(args.tiles) + uint64_t(token / kTileRows) * column_tiles;
+  Row<kTiles> x;
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+    const Layout& tile = tiles[column / kTileColumns];
+#pragma unroll
+    for (uint32_t j = 0; j < kLaneValues; ++j)
+      x.values[i][j] = args.scale * tile.value(token % kTileRows, column % kTileColumns + j);
+    store_piece(args.residual + uint64_t(row) * width, column, width, x.values[i]);
+  });
+  store_normed(place, x, weight, args.norm.epsilon, width, args.normed, row, shared);
+}
+
+template <int kTiles>
+__global__ void __launch_bounds__(kMostWarps* kLanes)
+    update_kernel(const __grid_constant__ UpdateArgs args) {
+  __shared__ ReduceShared shared[2];
+  const ClusterPlace place;
+  const uint32_t row = blockIdx.x / place.blocks, width = args.width;
+  ptx::launch_dependents();
+  const auto post_weight =
+      load_weights<kTiles>(place, args.has_post_norm ? args.post_norm : DeviceNorm{}, width);
+  const auto next_weight = load_weights<kTiles>(place, args.next_norm, width);
+  cluster_sync(place);
+  ptx::wait_for_dependencies();
+
+  float* const residual = args.residual + uint64_t(row) * width;
+  const float scale = args.scales[row];
+  Row<kTiles> x, old;
+  SumAndLargest own{0, 0};
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+    load_piece(residual, column, width, old.values[i]);
+    load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
+#pragma unroll
+    for (float value : x.values[i]) own.sum += value * value;
+  });
+  float factor = 1;
+  if (args.has_post_norm) {
+    const float sum = reduce_row(place, own, shared[0]).sum;
+    factor = 1 / sqrtf(sum / float(width) + args.post_norm.epsilon);
+  }
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+#pragma unroll
+    for (uint32_t j = 0; j < kLaneValues; ++j) {
+      const float value = x.values[i][j] * factor * post_weight.values[i][j];
+      x.values[i][j] = (old.values[i][j] + value) * args.output_scale;
+    }
+    store_piece(residual, column, width, x.values[i]);
+  });
+  store_normed(place, x, next_weight, args.next_norm.epsilon, width, args.normed, row, shared[1]);
+}
+
+template <int kTiles>
+__global__ void __launch_bounds__(kMostWarps* kLanes)
+    norm_kernel(const __grid_constant__ NormArgs args) {
+  __shared__ ReduceShared shared;
+  const ClusterPlace place;
+  const uint32_t row = blockIdx.x / place.blocks;
+  ptx::launch_dependents();
+  const auto weight = load_weights<kTiles>(place, args.norm, args.width);
+  cluster_sync(place);
+  ptx::wait_for_dependencies();
+  const float* const from = args.residual + uint64_t(args.rows[row]) * args.width;
+  Row<kTiles> x;
+  for_each_piece<kTiles>(place, args.width, [&](int i, uint32_t column) {
+    load_piece(from, column, args.width, x.values[i]);
+  });
+  store_normed(place, x, weight, args.norm.epsilon, args.width, args.normed, row, shared);
+}
+
+// x / 2 * (1 + tanh(u)) is x / (1 + e^(-2u)).
+__device__ __forceinline__ float gelu_tanh(float x) {
+  const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+  return x / (1 + __expf(-2 * u));
+}
+
+template <int kTiles>
+__global__ void __launch_bounds__(kMostWarps* kLanes)
+    gated_gelu_kernel(const __grid_constant__ GatedArgs args) {
+  __shared__ ReduceShared shared;
+  const ClusterPlace place;
+  ptx::launch_dependents();
+  cluster_sync(place);
+  ptx::wait_for_dependencies();
+  const uint32_t row = blockIdx.x / place.blocks, width = args.width;
+  const float scale = args.scales[row];
+  Row<kTiles> x;
+  SumAndLargest own{0, 0};
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+    float up[kLaneValues];
+    load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
+    load_sums(args.sums, scale, row, width, column, width, up);
+#pragma unroll
+    for (uint32_t j = 0; j < kLaneValues; ++j) {
+      x.values[i][j] = gelu_tanh(x.values[i][j]) * up[j];
+      own.largest = fmaxf(own.largest, fabsf(x.values[i][j]));
+    }
+  });
+  const float range = range_scale(reduce_row(place, own, shared).largest);
+  const float inverse_range = 1 / range;
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+#pragma unroll
+    for (float& value : x.values[i]) value *= inverse_range;
+    store_activations(args.gated.rows, row, column, x.values[i]);
+  });
+  if (place.rank == 0 && threadIdx.x == 0) args.gated.scales[row] = range;
+}
+
+__global__ void sum_kernel(const __grid_constant__ SumArgs args) {
+  ptx::launch_dependents();
+  ptx::wait_for_dependencies();
+  const uint32_t column = (blockIdx.x * kSumThreads + threadIdx.x) * kLaneValues;
+  const uint32_t row = blockIdx.y;
+  if (column >= args.width) return;
+  float values[kLaneValues];
+  load_sums(args.sums, args.scales[row], row, 0, column, args.width, values);
+  if (args.softcap != 0) {
+#pragma unroll
+    for (float& value : values) value = args.softcap * tanhf(value / args.softcap);
+  }
+  store_piece(args.out + uint64_t(row) * args.width, column, args.width, values);
+}
+
+// How a row of `width` columns is shared.
+struct RowLaunch {
+  uint32_t blocks;
+  uint32_t threads;  // of a block
+  bool wide;         // a lane holds more than one piece
+};
+RowLaunch choose_row_launch(uint32_t width) {
+  // What holds of one kernel of this file holds of all.
+  static const bool clusters = has_clusters(reinterpret_cast<const void*>(sum_kernel));
+  const uint32_t tiles = tiles_of(width);
+  const uint32_t blocks = clusters && tiles >= kMostBlocks ? kMostBlocks : 1;
+  check_row_width(width, kMostRowColumns * blocks);
+  const uint32_t tiles_per_block = (tiles + blocks - 1) / blocks;
+  return {blocks, std::min(tiles_per_block, kMostWarps) * kLanes, tiles_per_block > kMostWarps};
+}
+
+template <class Kernel, class Args>
+void launch_rows(cudaStream_t stream, Kernel narrow, Kernel wide, uint32_t rows, uint32_t width,
+                 const Args& args) {
+  const RowLaunch launch = choose_row_launch(width);
+  launch_dependent_clusters(stream, launch.wide ? wide : narrow, rows, launch.blocks,
+                            launch.threads, args);
+}
+
+}  // namespace
+
+void launch_embed(cudaStream_t stream, const EmbedArgs& args) {
+  visit_layout(args.layout, [&](auto layout) {
+    using Layout = typename decltype(layout)::type;
+    launch_rows(stream, embed_kernel<Layout, 1>, embed_kernel<Layout, kManyTiles>,
+                args.normed.rows.rows, args.width, args);
+  });
+}
+
+void launch_update(cudaStream_t stream, const UpdateArgs& args) {
+  launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args.sums.rows, args.width,
+              args);
+}
+
+void launch_norm(cudaStream_t stream, const NormArgs& args) {
+  launch_rows(stream, norm_kernel<1>, norm_kernel<kManyTiles>, args.normed.rows.rows, args.width,
+              args);
+}
+
+void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {
+  launch_rows(stream, gated_gelu_kernel<1>, gated_gelu_kernel<kManyTiles>, args.sums.rows,
+              args.width, args);
+}
+
+void launch_sum(cudaStream_t stream, const SumArgs& args) {
+  const uint32_t columns_per_block = kSumThreads * kLaneValues;
+  const uint32_t blocks = (args.width + columns_per_block - 1) / columns_per_block;
+  launch_dependent(stream, sum_kernel, dim3(blocks, args.sums.rows), kSumThreads, 0, args);
+}
+
+}  // namespace nibble::cuda

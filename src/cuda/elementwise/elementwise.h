@@ -1,0 +1,100 @@
+#pragma once
+// What happens between the matrices of a decode step, in as few kernels as the data allows.
+//
+// A row's values belong to one cluster of blocks (one block where there are none), so that its
+// norms and its largest value need no second kernel. All of these wait for the kernel in front and
+// let the next one start at once, to bring its first weights meanwhile.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/layouts/activations.h"
+#include "cuda/layouts/layouts.h"
+
+namespace nibble::cuda {
+
+// What the linears leave: row r is the sum over p of values[p][r].
+struct Sums {
+  const float* values;  // [parts, rows, stride]
+  uint32_t parts;
+  uint32_t rows;
+  uint32_t stride;
+};
+
+// Activation rows that f16 can hold whatever their size: row r stands for scales[r] times its
+// values. scales[r] is a power of two, and 1 unless a value goes beyond f16's range.
+struct ScaledRows {
+  ActivationRows rows;
+  float* scales;  // [rows.rows]
+};
+
+// x / sqrt(mean(x^2) + epsilon) * weight
+struct DeviceNorm {
+  const float* weight;  // [width], on the device; null: ones
+  float epsilon;
+};
+
+// What one block takes of a row; a cluster takes eight times as much.
+inline constexpr uint32_t kMostRowColumns = 32 * 4 * kTileColumns;
+// Throws Error(kUnsupported) for rows wider than `most`.
+void check_row_width(uint32_t width, uint32_t most);
+
+// residual[r] = scale * row tokens[r] of the table; normed = norm(residual).
+struct EmbedArgs {
+  const void* tiles;  // of `layout`
+  LayoutId layout;
+  uint32_t width;
+  const int32_t* tokens;  // [rows]
+  float scale;
+  float* residual;  // [rows, width]
+  DeviceNorm norm;
+  ScaledRows normed;
+};
+// As the step's first kernel, it needs no other to end: its inputs were copied before.
+void launch_embed(cudaStream_t stream, const EmbedArgs& args);
+
+// residual = (residual + post_norm(scales * sums)) * output_scale; normed = next_norm(residual).
+struct UpdateArgs {
+  Sums sums;
+  const float* scales;  // [rows], of the linear's input
+  uint32_t width;
+  bool has_post_norm;
+  DeviceNorm post_norm;
+  float output_scale;
+  float* residual;  // [rows, width]
+  DeviceNorm next_norm;
+  ScaledRows normed;
+};
+void launch_update(cudaStream_t stream, const UpdateArgs& args);
+
+// normed[i] = norm(residual[rows[i]])
+struct NormArgs {
+  const float* residual;  // [any, width]
+  const uint32_t* rows;   // [normed.rows.rows]
+  uint32_t width;
+  DeviceNorm norm;
+  ScaledRows normed;
+};
+void launch_norm(cudaStream_t stream, const NormArgs& args);
+
+// gated = gelu_tanh(scales * gate) * (scales * up), where the sums' columns are [gate, up].
+struct GatedArgs {
+  Sums sums;
+  const float* scales;  // [rows]
+  uint32_t width;       // of gate and of up
+  ScaledRows gated;
+};
+void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args);
+
+// out[r] = scales[r] * sums[r], then, for a softcap other than 0, softcap * tanh(out / softcap).
+struct SumArgs {
+  Sums sums;
+  const float* scales;  // [rows]
+  uint32_t width;
+  float softcap;
+  float* out;  // [rows, width]
+};
+void launch_sum(cudaStream_t stream, const SumArgs& args);
+
+}  // namespace nibble::cuda

@@ -1,0 +1,62 @@
+#include <algorithm>
+
+#include "cuda/device_array.h"
+#include "cuda/memory/read_bandwidth.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr uint64_t kMostBytes = uint64_t{2} << 30;
+constexpr uint32_t kThreads = 512, kBlocksPerMultiprocessor = 4, kUnroll = 8;
+constexpr int kPasses = 8;
+
+// Each thread has kUnroll independent 16-byte loads in flight.
+__global__ void read_kernel(const uint4* words, uint64_t count, uint32_t* never) {
+  const uint64_t threads = uint64_t(gridDim.x) * kThreads;
+  uint32_t sum = 0;
+  for (uint64_t i = uint64_t(blockIdx.x) * kThreads + threadIdx.x;
+       i + (kUnroll - 1) * threads < count; i += kUnroll * threads) {
+    uint4 loaded[kUnroll];
+#pragma unroll
+    for (uint32_t j = 0; j < kUnroll; ++j) loaded[j] = __ldcs(words + i + j * threads);
+#pragma unroll
+    for (const uint4& word : loaded) sum += word.x ^ word.y ^ word.z ^ word.w;
+  }
+  if (sum == 0x12345678) *never = sum;  // or the compiler need not read at all
+}
+
+}  // namespace
+
+double measure_read_bandwidth(cudaStream_t stream) {
+  size_t free, total;
+  int device, multiprocessors;
+  NIBBLE_CUDA(cudaMemGetInfo(&free, &total));
+  NIBBLE_CUDA(cudaGetDevice(&device));
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const uint32_t blocks = uint32_t(multiprocessors) * kBlocksPerMultiprocessor;
+  const uint64_t round = uint64_t(blocks) * kThreads * kUnroll;  // words
+  const uint64_t count =
+      std::max<uint64_t>(1, std::min<uint64_t>(kMostBytes, free / 2) / sizeof(uint4) / round) *
+      round;
+  const DeviceArray<uint4> words(count);
+  const DeviceArray<uint32_t> never(1);
+  NIBBLE_CUDA(cudaMemsetAsync(words.data(), 1, count * sizeof(uint4), stream));
+  cudaEvent_t begin, end;
+  NIBBLE_CUDA(cudaEventCreate(&begin));
+  NIBBLE_CUDA(cudaEventCreate(&end));
+  float best_ms = 1e9f;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    NIBBLE_CUDA(cudaEventRecord(begin, stream));
+    read_kernel<<<blocks, kThreads, 0, stream>>>(words.data(), count, never.data());
+    NIBBLE_CUDA(cudaEventRecord(end, stream));
+    NIBBLE_CUDA(cudaEventSynchronize(end));
+    float ms;
+    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    best_ms = std::min(best_ms, ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  return double(count * sizeof(uint4)) / (best_ms * 1e-3);
+}
+
+}  // namespace nibble::cuda

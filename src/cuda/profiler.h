@@ -1,0 +1,52 @@
+#pragma once
+// Time of each kind of kernel, by events around every launch.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+#include "cuda/runtime.h"
+
+namespace nibble::cuda {
+
+class Profiler {
+ public:
+  ~Profiler() { clear(); }
+
+  bool on() const { return on_; }
+  // Starts anew, or stops.
+  void set(bool on) {
+    if (on) clear();
+    on_ = on;
+  }
+
+  // Calls launch(), between events when profiling is on. `bytes` is what the kernels must read.
+  template <class Launch>
+  void time(cudaStream_t stream, std::string_view kind, uint64_t bytes, const Launch& launch) {
+    if (!on_) return launch();
+    Call call{std::string(kind), bytes, event(stream), nullptr};
+    launch();
+    call.end = event(stream);
+    calls_.push_back(std::move(call));
+  }
+
+  // Of all finished calls, by kind, in the order in which kinds first appeared.
+  std::vector<backend::ProfileEntry> entries() const;
+
+ private:
+  struct Call {
+    std::string kind;
+    uint64_t bytes;
+    cudaEvent_t begin, end;
+  };
+  static cudaEvent_t event(cudaStream_t stream);
+  void clear();
+
+  bool on_ = false;
+  std::vector<Call> calls_;
+};
+
+}  // namespace nibble::cuda

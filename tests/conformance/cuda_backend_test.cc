@@ -1,0 +1,249 @@
+// The CUDA backend as a whole: against the reference on real weights; its graphs against direct
+// launches; sessions side by side.
+
+#ifdef NIBBLE_HAS_CUDA
+
+#include "cuda/cuda_backend.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cctype>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "conformance/real_model.h"
+#include "reference/reference_backend.h"
+
+namespace nibble {
+namespace {
+
+using namespace backend;
+using namespace conformance;
+
+class CudaBackendTest : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+    backend_ = make(true);
+  }
+  std::unique_ptr<Backend> make(bool graphs) const {
+    BackendOptions options = model_.options(KvFormat::kF16);
+    options.graphs = graphs;
+    return cuda::make_cuda_backend(model_.plan, options, {});
+  }
+
+  const RealModel model_{GetParam()};
+  std::unique_ptr<Backend> backend_;
+  std::span<const TokenId> tokens_ = std::span<const TokenId>(model_.tokens).first(560);
+};
+
+std::string file_name(const testing::TestParamInfo<const char*>& info) {
+  std::string name = info.param;
+  std::ranges::replace_if(
+      name, [](char c) { return !std::isalnum(c); }, '_');
+  return name;
+}
+
+INSTANTIATE_TEST_SUITE_P(, CudaBackendTest,
+                         testing::Values("micro-gemma4-f16.gguf", "micro-gemma4-Q8_0.gguf",
+                                         "micro-gemma4-Q6_K.gguf", "micro-gemma4-Q5_K_M.gguf",
+                                         "micro-gemma4-Q4_K_M.gguf", "micro-gemma4-Q4_0.gguf",
+                                         "wide-gemma4-Q4_K_M.gguf"),
+                         file_name);
+
+// One token after another, each drawn from the one before.
+std::vector<TokenId> decode(Backend& backend, KvSequence& kv, TokenId token, size_t count,
+                            const SamplingParams& params) {
+  std::vector<TokenId> drawn;
+  while (drawn.size() < count) {
+    kv.prepare(1);
+    const SampleRequest request{&params, kv.length() + 1, {&token, 1}};
+    const BatchSequence sequence{{&token, 1}, &kv, 0, request};
+    BatchResult result;
+    backend.run({.sequences = std::span(&sequence, 1), .stop = {}, .observe = {}}, result);
+    kv.commit(1);
+    token = result.sampled.at(0);
+    drawn.push_back(token);
+  }
+  return drawn;
+}
+
+SamplingParams greedy() {
+  SamplingParams params;
+  params.temperature = 0;
+  return params;
+}
+
+// Activations and weights as f16 round by 2^-12 (half a unit) of their size, independently, in
+// each of the 25 matrices on the way; keys and values as in the CPU's test.
+constexpr double kHalves = 2 * 5 * 0x1p-11;
+
+TEST_P(CudaBackendTest, LogitsAreTheReferences) {
+  const std::span tokens = tokens_.first(200);  // past the window of 128
+  const auto reference =
+      reference::make_reference_backend(model_.plan, model_.options(KvFormat::kF16));
+  const std::vector<float> expected = prefill_fresh(*reference, tokens, kUbatch);
+  for (const size_t chunk : {size_t{kUbatch}, size_t{7}, size_t{1}}) {
+    const double error = relative_error(prefill_fresh(*backend_, tokens, chunk), expected);
+    EXPECT_LE(error, kHalves) << "chunks of " << chunk;
+    RecordProperty("chunk" + std::to_string(chunk), std::to_string(error));
+  }
+}
+
+TEST_P(CudaBackendTest, EqualRunsGiveEqualBits) {
+  EXPECT_TRUE(prefill_fresh(*backend_, tokens_, 512) == prefill_fresh(*backend_, tokens_, 512));
+}
+
+TEST_P(CudaBackendTest, GraphsEqualDirectLaunches) {
+  const auto direct = make(false);
+  SamplingParams random;
+  random.top_k = 40;
+  random.top_p = 0.9f;
+  random.seed = 7;
+  KvSequence a(backend_->kv()), b(direct->kv());
+  EXPECT_EQ(decode(*backend_, a, tokens_[0], 300, random),
+            decode(*direct, b, tokens_[0], 300, random));
+  // Every bit of what they left: the logits that follow.
+  EXPECT_TRUE(prefill(*backend_, a, tokens_.first(3), 3) ==
+              prefill(*direct, b, tokens_.first(3), 3));
+}
+
+TEST_P(CudaBackendTest, CompanyOfOtherSessionsChangesNoToken) {
+  std::vector<std::vector<TokenId>> expected;
+  for (size_t i = 0; i < 3; ++i) {
+    KvSequence alone(backend_->kv());
+    prefill(*backend_, alone, tokens_.subspan(100 * i, 50 + 40 * i), 512);
+    expected.push_back(decode(*backend_, alone, tokens_[i], 20, greedy()));
+  }
+  // The same, a token of each in turn.
+  std::vector<KvSequence> sequences;
+  std::vector<std::vector<TokenId>> drawn(3);
+  for (size_t i = 0; i < 3; ++i) {
+    sequences.emplace_back(backend_->kv());
+    prefill(*backend_, sequences[i], tokens_.subspan(100 * i, 50 + 40 * i), 512);
+  }
+  for (size_t n = 0; n < 20; ++n) {
+    for (size_t i = 0; i < 3; ++i) {
+      const TokenId token = n == 0 ? tokens_[i] : drawn[i].back();
+      drawn[i].push_back(decode(*backend_, sequences[i], token, 1, greedy())[0]);
+    }
+  }
+  EXPECT_EQ(drawn, expected);
+}
+
+// Decode rows and prefill chunks in one step: rounding apart, what each gives alone.
+TEST_P(CudaBackendTest, MixedBatchesGiveWhatEachGivesAlone) {
+  const std::span<const TokenId> parts[] = {tokens_.first(150), tokens_.subspan(150, 40),
+                                            tokens_.subspan(300, 33), tokens_.subspan(400, 10)};
+  std::vector<float> expected;
+  for (const std::span<const TokenId> tokens : parts) {
+    const std::vector<float> logits = prefill_fresh(*backend_, tokens, 512);
+    expected.insert(expected.end(), logits.end() - model_.plan.vocabulary, logits.end());
+  }
+  KvSequence a(backend_->kv()), b(backend_->kv()), c(backend_->kv()), d(backend_->kv());
+  prefill(*backend_, b, parts[1].first(39), 512);
+  prefill(*backend_, d, parts[3].first(9), 512);
+  a.prepare(150);
+  b.prepare(1);
+  c.prepare(33);
+  d.prepare(1);
+  const BatchSequence batch[] = {{parts[0], &a, 1, {}},
+                                 {parts[1].last(1), &b, 1, {}},
+                                 {parts[2], &c, 1, {}},
+                                 {parts[3].last(1), &d, 1, {}}};
+  BatchResult result;
+  backend_->run({.sequences = batch, .stop = {}, .observe = {}}, result);
+  EXPECT_LE(relative_error(result.logits, expected), kHalves);
+}
+
+TEST_P(CudaBackendTest, DecodesUpToEightRowsAndMoreTogether) {
+  for (const size_t count : {2, 8, 11}) {
+    std::vector<KvSequence> sequences;
+    std::vector<TokenId> expected;
+    const SamplingParams params = greedy();
+    std::vector<BatchSequence> batch;
+    for (size_t i = 0; i < count; ++i) {
+      KvSequence alone(backend_->kv());
+      prefill(*backend_, alone, tokens_.subspan(30 * i, 20 + i), 512);
+      sequences.push_back(alone);
+      expected.push_back(decode(*backend_, alone, tokens_[i], 1, params)[0]);
+    }
+    for (size_t i = 0; i < count; ++i) {
+      sequences[i].prepare(1);
+      batch.push_back({tokens_.subspan(i, 1), &sequences[i], 0,
+                       SampleRequest{&params, sequences[i].length() + 1, {}}});
+    }
+    BatchResult result;
+    backend_->run({.sequences = batch, .stop = {}, .observe = {}}, result);
+    // Sums round differently in company: a near tie may go the other way.
+    size_t differ = 0;
+    for (size_t i = 0; i < count; ++i) differ += result.sampled[i] != expected[i];
+    EXPECT_LE(differ, 1u) << count << " sequences";
+  }
+}
+
+TEST_P(CudaBackendTest, SamplesBesideLogits) {
+  const SamplingParams params = greedy();
+  const std::span tokens = tokens_.first(20);
+  const std::vector<float> logits = prefill_fresh(*backend_, tokens, 512);
+  const size_t vocabulary = model_.plan.vocabulary;
+  const auto last = logits.end() - long(vocabulary);
+  const TokenId expected{int32_t(std::max_element(last, logits.end()) - last)};
+
+  KvSequence a(backend_->kv()), b(backend_->kv()), c(backend_->kv());
+  for (KvSequence* kv : {&a, &b, &c}) kv->prepare(uint32_t(tokens.size()));
+  const SampleRequest request{&params, tokens.size(), {}};
+  const BatchSequence batch[] = {
+      {tokens, &a, 0, request}, {tokens, &b, 3, request}, {tokens, &c, 1, {}}};
+  BatchResult result;
+  backend_->run({.sequences = batch, .stop = {}, .observe = {}}, result);
+  EXPECT_EQ(result.sampled, std::vector<TokenId>(2, expected));
+  ASSERT_EQ(result.logits.size(), 4 * vocabulary);
+  EXPECT_LE(
+      relative_error(std::span(result.logits).last(vocabulary), std::span(logits).last(vocabulary)),
+      kHalves);
+}
+
+TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
+  const std::span begin = tokens_.first(100), rest = tokens_.subspan(100, 60);
+  KvSequence undisturbed(backend_->kv()), kv(backend_->kv());
+  prefill(*backend_, undisturbed, begin, 512);
+  prefill(*backend_, kv, begin, 512);
+  const std::vector<float> expected = prefill(*backend_, undisturbed, rest, 512);
+
+  kv.prepare(uint32_t(rest.size()));
+  const BatchSequence sequence{rest, &kv, 1, {}};
+  BatchResult result;
+  size_t asked = 0;
+  const auto stop = [&] { return ++asked > model_.plan.steps.size() / 2; };
+  try {
+    backend_->run({.sequences = std::span(&sequence, 1), .stop = stop, .observe = {}}, result);
+    FAIL() << "went on";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kCancelled);
+  }
+  EXPECT_EQ(kv.length(), begin.size());
+  EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+}
+
+TEST(CudaBackendLong, TenThousandGreedyTokensTwice) {
+  if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+  const RealModel model("micro-gemma4-Q4_K_M.gguf");
+  BackendOptions options = model.options(KvFormat::kF16);
+  options.max_kv_pages = {400, 400};
+  const auto backend = cuda::make_cuda_backend(model.plan, options, {});
+  std::vector<TokenId> runs[2];
+  for (std::vector<TokenId>& run : runs) {
+    KvSequence kv(backend->kv());
+    run = decode(*backend, kv, model.tokens[0], 10'000, greedy());
+  }
+  EXPECT_TRUE(runs[0] == runs[1]);
+}
+
+}  // namespace
+}  // namespace nibble
+
+#endif
