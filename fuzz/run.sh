@@ -23,6 +23,7 @@ for target in "$@"; do
   case $name in
     gguf) max_len=4096 ;;       # several keys and tensors of every kind
     tokenizer) max_len=2048 ;;  # a text of many pieces
+    packed) max_len=16384 ;;    # a model's metadata and the manifest of its weights
     *) max_len=1024 ;;          # some blocks of the largest format
   esac
   echo "== $target, $seconds s"

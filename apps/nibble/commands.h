@@ -15,6 +15,7 @@ void add_logits(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_detokenize(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_pack(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_devices(CLI::App& app);
 

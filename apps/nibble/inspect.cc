@@ -12,7 +12,7 @@
 #include "backend/plan.h"
 #include "base/error.h"
 #include "engine/engine.h"
-#include "model/model.h"
+#include "engine/packed_model.h"
 #include "nibble/commands.h"
 #include "nibble/json.h"
 #include "nibble/model_options.h"
@@ -113,13 +113,18 @@ struct TypeTotal {
   uint64_t tensors = 0, values = 0, bytes = 0;
 };
 
-std::map<quant::QuantType, TypeTotal> type_totals(const gguf::GgufFile& file) {
+uint64_t bytes_in_file(const engine::ModelFile& model, const gguf::Tensor& tensor) {
+  return model.packed() && tensor.data.empty() ? model.packed()->tiles(tensor.name).size()
+                                               : tensor.data.size();
+}
+
+std::map<quant::QuantType, TypeTotal> type_totals(const engine::ModelFile& model) {
   std::map<quant::QuantType, TypeTotal> totals;
-  for (const gguf::Tensor& tensor : file.tensors()) {
+  for (const gguf::Tensor& tensor : model.gguf().tensors()) {
     TypeTotal& total = totals[tensor.type];
     ++total.tensors;
     total.values += tensor.columns() * tensor.rows();
-    total.bytes += tensor.data.size();
+    total.bytes += bytes_in_file(model, tensor);
   }
   return totals;
 }
@@ -130,13 +135,19 @@ struct MemoryRow {
   engine::MemoryNeeds needs;
 };
 
-std::vector<MemoryRow> memory_rows(const backend::Plan& plan) {
+// On which backend memory is computed: the only one that a packed model runs on.
+std::string_view memory_backend(const engine::ModelFile& model) {
+  return model.packed() ? model.packed()->backend() : "cpu";
+}
+
+std::vector<MemoryRow> memory_rows(const engine::ModelFile& model, const backend::Plan& plan) {
   std::set<uint32_t> contexts = {plan.trained_context};
   for (const uint32_t context : {512u, 2048u, 8192u, 32768u, 131072u}) {
     if (context <= plan.trained_context) contexts.insert(context);
   }
   std::vector<MemoryRow> rows;
   for (const auto format : {backend::KvFormat::kF16, backend::KvFormat::kF32}) {
+    if (model.packed() && format != backend::KvFormat::kF16) continue;  // GPUs have no other
     for (const uint32_t context : contexts) {
       rows.push_back({format, context, engine::memory_needs(plan, format, context, kUbatch)});
     }
@@ -147,7 +158,7 @@ std::vector<MemoryRow> memory_rows(const backend::Plan& plan) {
 // What the file holds and what this build can do with it.
 struct Inspection {
   std::filesystem::path path;
-  gguf::GgufFile file;
+  engine::ModelFile model;
   std::optional<backend::Plan> plan;
   std::string why_not_run;  // where there is no plan
   std::string tokenizer;
@@ -155,16 +166,16 @@ struct Inspection {
 
 Inspection examine(const std::string& model) {
   const std::filesystem::path path = model_path(model);
-  Inspection inspection{path, gguf::GgufFile::open(path), std::nullopt, "", ""};
+  Inspection inspection{path, engine::ModelFile::open(path), std::nullopt, "", ""};
   // A file may be well-formed and yet nothing that this build runs: then that is what it shows.
   try {
-    inspection.plan = model::build_plan(inspection.file);
+    inspection.plan = inspection.model.build_plan();
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kUnsupported) throw;
     inspection.why_not_run = error.what();
   }
   try {
-    const auto tokenizer = text::Tokenizer::from_gguf(inspection.file);
+    const auto tokenizer = text::Tokenizer::from_gguf(inspection.model.gguf());
     inspection.tokenizer =
         tokenizer ? fmt::format("{} tokens", tokenizer->vocabulary()) : "none (no_vocab)";
   } catch (const Error& error) {
@@ -174,8 +185,31 @@ Inspection examine(const std::string& model) {
   return inspection;
 }
 
+boost::json::object to_json(const engine::PackedModel& packed) {
+  boost::json::array layouts, weights;
+  for (const engine::PackedLayout& layout : packed.layouts())
+    layouts.push_back({{"name", layout.name}, {"version", layout.version}});
+  for (const engine::PackedWeight& weight : packed.weights()) {
+    boost::json::array tensors;
+    for (const std::string_view tensor : weight.tensors) tensors.emplace_back(printable(tensor));
+    weights.push_back({{"layout", weight.layout},
+                       {"tensors", std::move(tensors)},
+                       {"shape", {weight.columns, weight.rows}},
+                       {"bytes", weight.data.size()},
+                       {"xxh3_128", printable(weight.hash)}});
+  }
+  return {{"backend", packed.backend()},
+          {"architecture", packed.architecture()},
+          {"source",
+           {{"name", printable(packed.source_name())},
+            {"bytes", packed.source_bytes()},
+            {"xxh3_128", printable(packed.source_hash())}}},
+          {"layouts", std::move(layouts)},
+          {"weights", std::move(weights)}};
+}
+
 boost::json::object to_json(const Inspection& inspection) {
-  const gguf::GgufFile& file = inspection.file;
+  const gguf::GgufFile& file = inspection.model.gguf();
   boost::json::object metadata, types;
   boost::json::array tensors, memory;
   for (const gguf::Metadata& entry : file.metadata()) {
@@ -185,25 +219,27 @@ boost::json::object to_json(const Inspection& inspection) {
     tensors.push_back({{"name", printable(tensor.name)},
                        {"type", quant::quant_traits(tensor.type).name},
                        {"shape", boost::json::value_from(tensor.dimensions)},
-                       {"bytes", tensor.data.size()}});
+                       {"bytes", bytes_in_file(inspection.model, tensor)}});
   }
-  for (const auto& [type, total] : type_totals(file)) {
+  for (const auto& [type, total] : type_totals(inspection.model)) {
     types[quant::quant_traits(type).name] = {
         {"tensors", total.tensors}, {"values", total.values}, {"bytes", total.bytes}};
   }
   boost::json::object json{{"file", printable(inspection.path.string())},
                            {"gguf_version", file.version()},
-                           {"bytes", file.file_bytes()},
+                           {"bytes", inspection.model.file_bytes()},
                            {"tokenizer", printable(inspection.tokenizer)},
                            {"metadata", std::move(metadata)},
                            {"tensors", std::move(tensors)},
                            {"types", std::move(types)}};
+  if (const engine::PackedModel* packed = inspection.model.packed())
+    json["packed"] = to_json(*packed);
   if (!inspection.plan) {
     json["not_run_because"] = printable(inspection.why_not_run);
     return json;
   }
-  for (const MemoryRow& row : memory_rows(*inspection.plan)) {
-    memory.push_back({{"backend", "cpu"},
+  for (const MemoryRow& row : memory_rows(inspection.model, *inspection.plan)) {
+    memory.push_back({{"backend", memory_backend(inspection.model)},
                       {"kv", to_string(row.format)},
                       {"context", row.context},
                       {"weights_bytes", row.needs.weights_bytes},
@@ -215,21 +251,42 @@ boost::json::object to_json(const Inspection& inspection) {
   return json;
 }
 
-void print_memory(const backend::Plan& plan) {
-  fmt::print("\nMemory on backend cpu (weights are the file's own pages, not a copy):\n");
+void print_memory(const engine::ModelFile& model, const backend::Plan& plan) {
+  fmt::print("\nMemory on backend {}{}:\n", memory_backend(model),
+             model.packed() ? "" : " (weights are the file's own pages, not a copy)");
   fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", "context", "kv", "weights", "cache",
              "workspace", "total");
-  for (const MemoryRow& row : memory_rows(plan)) {
+  for (const MemoryRow& row : memory_rows(model, plan)) {
     fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", row.context, to_string(row.format),
                human_bytes(row.needs.weights_bytes), human_bytes(row.needs.kv_bytes),
                human_bytes(row.needs.workspace_bytes), human_bytes(row.needs.total()));
   }
 }
 
+void print(const engine::PackedModel& packed) {
+  fmt::print("\nPacked for backend {}, architecture {} and later:\n", packed.backend(),
+             packed.architecture());
+  fmt::print("  from {}, {} bytes, xxh3-128 {}\n", printable(packed.source_name()),
+             packed.source_bytes(), printable(packed.source_hash()));
+  for (const engine::PackedLayout& layout : packed.layouts()) {
+    uint64_t weights = 0, bytes = 0;
+    for (const engine::PackedWeight& weight : packed.weights()) {
+      if (weight.layout != layout.name) continue;
+      ++weights;
+      bytes += weight.data.size();
+    }
+    fmt::print("  {:21} version {}  {:5} weights  {:>9}\n", layout.name, layout.version, weights,
+               human_bytes(bytes));
+  }
+}
+
 void print(const Inspection& inspection) {
-  const gguf::GgufFile& file = inspection.file;
-  fmt::print("{}: GGUF version {}, {}\n", printable(inspection.path.string()), file.version(),
-             human_bytes(file.file_bytes()));
+  const gguf::GgufFile& file = inspection.model.gguf();
+  const engine::PackedModel* packed = inspection.model.packed();
+  fmt::print("{}: {}, {}\n", printable(inspection.path.string()),
+             packed ? "packed model" : fmt::format("GGUF version {}", file.version()),
+             human_bytes(inspection.model.file_bytes()));
+  if (packed) print(*packed);
 
   fmt::print("\nMetadata ({} keys):\n", file.metadata().size());
   for (const gguf::Metadata& entry : file.metadata()) {
@@ -243,21 +300,30 @@ void print(const Inspection& inspection) {
     fmt::print("  {:{}}  {:7} {:16} {:>9}\n", printable(tensor.name), width,
                quant::quant_traits(tensor.type).name,
                fmt::format("{}", fmt::join(tensor.dimensions, " x ")),
-               human_bytes(tensor.data.size()));
+               human_bytes(bytes_in_file(inspection.model, tensor)));
   }
 
   fmt::print("\nTypes:\n");
-  for (const auto& [type, total] : type_totals(file)) {
+  for (const auto& [type, total] : type_totals(inspection.model)) {
     fmt::print("  {:7} {:5} tensors  {:>13} values  {:>9}\n", quant::quant_traits(type).name,
                total.tensors, total.values, human_bytes(total.bytes));
   }
 
   fmt::print("\nTokenizer: {}\n", printable(inspection.tokenizer));
   if (inspection.plan) {
-    print_memory(*inspection.plan);
+    print_memory(inspection.model, *inspection.plan);
   } else {
     fmt::print("\nThis build does not run it: {}\n", printable(inspection.why_not_run));
   }
+}
+
+// Throws unless the packed model is what it should be, as far as that is asked for.
+void check(const engine::ModelFile& model, bool verify, const std::string& source) {
+  if (!verify && source.empty()) return;
+  if (!model.packed()) fail(ErrorCode::kInvalidArgument, "only packed models have hashes to check");
+  ProgressBar bar;
+  if (verify) model.packed()->verify(bar.callback());
+  if (!source.empty()) model.packed()->check_source(source, bar.callback());
 }
 
 }  // namespace
@@ -265,20 +331,29 @@ void print(const Inspection& inspection) {
 void add_inspect(CLI::App& app) {
   struct InspectOptions {
     std::string model;
-    bool json = false;
+    bool json = false, verify = false;
+    std::string source;
   };
   auto options = std::make_shared<InspectOptions>();
   CLI::App* command =
       app.add_subcommand("inspect", "Show what is in a model file and what memory it needs");
   add_model(*command, options->model);
   command->add_flag("--json", options->json, "Print JSON");
+  command->add_flag("--verify", options->verify,
+                    "Compare a packed model with its content hashes first");
+  command
+      ->add_option("--source", options->source,
+                   "Check that a packed model was made from this GGUF file")
+      ->type_name("FILE");
   command->footer(
       "Nothing is loaded. Files that this build can't run are shown too, with the reason.\n"
       "Examples:\n"
       "  nibble inspect model.gguf\n"
-      "  nibble inspect model.gguf --json | python3 -m json.tool");
+      "  nibble inspect model.gguf --json | python3 -m json.tool\n"
+      "  nibble inspect model.nibble --verify --source model.gguf");
   command->callback([options] {
     const Inspection inspection = examine(options->model);
+    check(inspection.model, options->verify, options->source);
     if (options->json) {
       fmt::print("{}\n", to_text(to_json(inspection)));
     } else {

@@ -46,6 +46,7 @@ int run(int argc, char** argv) {
   nibble::app::add_tokenize(app);
   nibble::app::add_detokenize(app);
   nibble::app::add_inspect(app);
+  nibble::app::add_pack(app);
   nibble::app::add_bench(app);
   nibble::app::add_devices(app);
 
