@@ -1,7 +1,9 @@
-// Matrix-vector kernels alone, as the decode step starts them: layout x shape x rows, launch
-// included. Weights rotate through more memory than the L2 cache holds; every result is compared
-// with a double-precision product of the same blocks dequantised on the host.
+// Matrix-vector kernels as the decode step starts them, alone (layout x shape x rows, launch
+// included) or, with --step, all of the 31B model's step in a row. Weights rotate through more
+// memory than the L2 cache holds; every result is compared with a double-precision product of the
+// same blocks dequantised on the host.
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@
 
 #include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_few_rows.h"
+#include "cuda/ptx.cuh"
 #include "cuda/runtime.h"
 
 namespace {
@@ -257,6 +260,180 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   NIBBLE_CUDA(cudaFree(output));
 }
 
+// --- --step: the matrices of a whole decode step of the 31B model, with what happens between ---
+
+constexpr uint32_t kLayers = 60, kHidden = 5376, kFfn = 21504;
+constexpr uint32_t kWindowPeriod = 6;  // the last of so many layers attends to everything
+constexpr uint32_t kContext = 512;
+
+bool is_full(uint32_t layer) {
+  return layer % kWindowPeriod == kWindowPeriod - 1;
+}
+// The layers whose V and down matrices a Q4_K_M file stores in 6 bits.
+bool has_more_bits(uint32_t layer) {
+  return layer < kLayers / 8 || layer >= 7 * kLayers / 8 || (layer - kLayers / 8) % 3 == 2;
+}
+
+// A stand-in for the small kernels of one row: reads what the matrix in front made of `count`
+// outputs, and `bytes` of other memory, adds all up over its cluster, and writes `out` activations.
+struct BetweenArgs {
+  const float* sums;  // [parts, count]
+  uint32_t parts, count;
+  const uint4* memory;
+  uint32_t bytes;
+  uint16_t* activations;  // [out]
+  uint32_t out;
+};
+
+__global__ void between_kernel(const __grid_constant__ BetweenArgs args) {
+  namespace groups = cooperative_groups;
+  __shared__ float warp_sums[32];
+  __shared__ float block_sum;
+  ptx::launch_dependents();
+  ptx::wait_for_dependencies();
+  const groups::cluster_group cluster = groups::this_cluster();
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  float sum = 0;
+  for (uint32_t i = thread; i < args.count; i += threads) {
+    float value = 0;
+    for (uint32_t part = 0; part < args.parts; ++part) value += args.sums[part * args.count + i];
+    sum += value * value;
+  }
+#pragma unroll 8
+  for (uint32_t i = thread; i < args.bytes / 16; i += threads)
+    sum += float(args.memory[i].x & 0xff);
+  for (uint32_t distance = 16; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float all = 0;
+    for (uint32_t i = 0; i < blockDim.x / 32; ++i) all += warp_sums[i];
+    block_sum = all;
+  }
+  cluster.sync();
+  float total = 0;
+  for (uint32_t i = 0; i < cluster.num_blocks(); ++i)
+    total += *cluster.map_shared_rank(&block_sum, i);
+  cluster.sync();
+  const uint16_t value = __half_as_ushort(__float2half(rsqrtf(1 + fabsf(total))));
+  for (uint32_t i = thread; i < args.out; i += threads) args.activations[i] = value;
+}
+
+class Step {
+ public:
+  explicit Step(uint32_t rows) : rows_(rows), activations_(rows, kFfn) {
+    NIBBLE_CUDA(cudaMalloc(&output_, size_t(8) * rows * 262144 * 4));
+    NIBBLE_CUDA(cudaMalloc(&kv_, kLayers * kKvBytes));
+    NIBBLE_CUDA(cudaMemset(kv_, 1, kLayers * kKvBytes));
+  }
+  ~Step() {
+    cudaFree(output_);
+    cudaFree(kv_);
+  }
+  Step(const Step&) = delete;
+
+  // small: with stand-ins for the kernels between the matrices
+  void record(cudaStream_t stream, bool small) {
+    bytes_ = 0;
+    uint32_t sliding = 0, full = 0, more = 0, less = 0, more_values = 0, less_values = 0;
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      if (is_full(layer)) {
+        multiply(stream, qk_full_, full);
+      } else if (has_more_bits(layer)) {
+        multiply(stream, qk_sliding_, more_values, &values_, more_values);
+        ++more_values;
+      } else {
+        multiply(stream, qkv_sliding_, less_values++);
+      }
+      if (small) {
+        const char* kv = kv_ + layer * kKvBytes;
+        // Attention in 264 blocks, then what merges its splits.
+        between(stream, 264, 1, 256, 16384, is_full(layer) ? kKvBytes / 2 : kKvBytes, kv, 8192);
+        between(stream, 32, 1, 256, 16384, 0, kv, is_full(layer) ? 16384 : 8192);
+      }
+      is_full(layer) ? multiply(stream, o_full_, full++) : multiply(stream, o_sliding_, sliding++);
+      if (small) between(stream, 1, 8, 96, kHidden, 0, nullptr, kHidden);
+      multiply(stream, gate_up_, layer);
+      if (small) between(stream, 11, 8, 256, 2 * kFfn, 0, nullptr, kFfn);
+      has_more_bits(layer) ? multiply(stream, down_more_, more++) : multiply(stream, down_, less++);
+      if (small) between(stream, 1, 8, 96, kHidden, 0, nullptr, kHidden);
+    }
+    multiply(stream, head_, 0);
+  }
+
+  void measure() {
+    report("matrices alone", false);
+    if (rows_ == 1) report("with small kernels", true);
+  }
+
+ private:
+  void report(const char* what, bool small) {
+    const double ms = time_graph(1, [&](cudaStream_t stream, int) { record(stream, small); }) / 1e3;
+    std::printf("| %u rows, %-18s | %.3f ms | %4.0f GB/s | %5.1f steps/s |\n", rows_, what, ms,
+                bytes_ / ms / 1e6, 1e3 / ms);
+    std::fflush(stdout);
+  }
+
+  static constexpr uint32_t kKvBytes = kContext * 4096 * 2 * 2;
+
+  template <class First, class Second = CudaQ6Tiled>
+  void multiply(cudaStream_t stream, const Matrix<First>& first, size_t copy,
+                const Matrix<Second>* second = nullptr, size_t second_copy = 0) {
+    FewRowsArgs args = {};
+    args.weights[0] = {first.copies[copy % first.copies.size()], first.rows, 0};
+    std::optional<LayoutId> second_id;
+    if (second) {
+      args.weights[1] = {second->copies[second_copy % second->copies.size()], second->rows,
+                         first.rows};
+      second_id = layout_id<Second>();
+      bytes_ += double(second->bytes());
+    }
+    args.column_tiles = TileGrid(1, first.columns).column_tiles;
+    args.rows = rows_;
+    args.activations = activations_.device_values;
+    args.means = activations_.device_means;
+    args.output = output_;
+    args.output_stride = first.rows + args.weights[1].rows;
+    const FewRowsLaunch launch =
+        choose_few_rows(device_shape(), layout_id<First>(), first.rows, second_id,
+                        args.weights[1].rows, first.columns, rows_);
+    parts_ = launch.parts();
+    launch_few_rows(stream, layout_id<First>(), second_id, args, launch);
+    bytes_ += double(first.bytes());
+  }
+
+  void between(cudaStream_t stream, uint32_t clusters, uint32_t cluster_blocks, uint32_t threads,
+               uint32_t count, uint32_t bytes, const char* memory, uint32_t out) {
+    launch_dependent_clusters(
+        stream, between_kernel, clusters, cluster_blocks, threads,
+        BetweenArgs{output_, parts_, count, reinterpret_cast<const uint4*>(memory), bytes,
+                    activations_.device_values, out});
+    bytes_ += bytes;
+  }
+
+  const uint32_t rows_;
+  Activations activations_;
+  float* output_;
+  char* kv_;
+  uint32_t parts_ = 0;
+  double bytes_ = 0;
+
+  template <class Layout>
+  struct Copies : Matrix<Layout> {
+    Copies(size_t count, uint32_t rows, uint32_t columns)
+        : Matrix<Layout>(rows, columns, count * TileGrid(rows, columns).tiles() * sizeof(Layout)) {}
+  };
+  Copies<CudaQ4Tiled> qkv_sliding_{25, 16384, kHidden}, qk_sliding_{25, 12288, kHidden};
+  Copies<CudaQ6Tiled> values_{25, 4096, kHidden};
+  Copies<CudaQ4Tiled> qk_full_{10, 18432, kHidden};
+  Copies<CudaQ4Tiled> o_sliding_{50, kHidden, 8192}, o_full_{10, kHidden, 16384};
+  Copies<CudaQ4Tiled> gate_up_{kLayers, 2 * kFfn, kHidden};
+  Copies<CudaQ4Tiled> down_{kLayers / 2, kHidden, kFfn};
+  Copies<CudaQ6Tiled> down_more_{kLayers / 2, kHidden, kFfn};
+  Copies<CudaQ6Tiled> head_{1, 262144, kHidden};
+};
+
 constexpr size_t kRotate = size_t(600) << 20;
 
 template <class Layout>
@@ -267,7 +444,7 @@ void measure_rows(const Shape& shape, std::initializer_list<uint32_t> all_rows) 
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
     std::printf("no CUDA device: nothing to measure\n");
@@ -275,6 +452,10 @@ int main() {
   }
   std::printf("%s, %d multiprocessors, %d MB L2; 100 %% = %.0f GB/s\n\n", properties.name,
               properties.multiProcessorCount, properties.l2CacheSize >> 20, kPeakGbPerS);
+  if (argc > 1 && std::strcmp(argv[1], "--step") == 0) {
+    for (const uint32_t rows : {1u, 8u}) Step(rows).measure();
+    return 0;
+  }
   std::printf(
       "| matrix | shape | type | rows | us | GB/s | of peak | kernel | error |\n"
       "|---|---|---|---|---|---|---|---|---|\n");
