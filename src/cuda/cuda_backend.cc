@@ -14,6 +14,7 @@
 #include "cuda/attention/attention.h"
 #include "cuda/elementwise/elementwise.h"
 #include "cuda/linear/launch_few_rows.h"
+#include "cuda/linear/launch_many_rows.h"
 #include "cuda/memory/device_kv_store.h"
 #include "cuda/memory/device_weights.h"
 #include "cuda/memory/read_bandwidth.h"
@@ -101,8 +102,10 @@ class CudaBackend final : public Backend {
 
   // The rows' product with a weight: parts as they are for few rows, else added up.
   Product multiply(std::string_view what, WeightId weight, const ScaledRows& input);
-  // Of one chunk of rows, into parts_.
-  Sums multiply_chunk(WeightId weight, const ActivationRows& input);
+  // Of at most kMostRows rows, into parts_.
+  Sums multiply_few(WeightId weight, const ActivationRows& input);
+  // Of more rows, into summed_.
+  void multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
   std::vector<LinearCall> linear_calls(WeightId weight, uint32_t rows) const;
   Product add_up(const Product& product);
   // Whether activations of this norm could be too large for f16.
@@ -160,6 +163,8 @@ class CudaBackend final : public Backend {
   DeviceArray<uint16_t> normed_values_, inner_values_;
   DeviceArray<ActivationMeans> normed_means_, inner_means_;
   DeviceArray<float> normed_scales_, inner_scales_;
+  DeviceArray<uint16_t> blocked_values_;  // activations as matrix-matrix kernels read them
+  DeviceArray<std::byte> shared_tiles_;   // of matrix-matrix kernels; grows when it is used
   DeviceArray<std::byte> attention_workspace_;
   PinnedTokens sampled_;  // [ubatch]: the device writes there
   uint64_t workspace_bytes_ = 0;
@@ -284,6 +289,10 @@ void CudaBackend::reserve_workspace() {
   };
   activations(plan_.hidden, normed_values_, normed_means_, normed_scales_);
   activations(inner_width, inner_values_, inner_means_, inner_scales_);
+  const ActivationBlocks blocks = {nullptr, options_.ubatch,
+                                   TileGrid(1, std::max(plan_.hidden, inner_width)).column_tiles};
+  blocked_values_ = DeviceArray<uint16_t>(blocks.size());
+  workspace_bytes_ += blocks.size() * sizeof(uint16_t);
   residual_ = DeviceArray<float>(ubatch * plan_.hidden);
   parts_ = DeviceArray<float>(part_floats);
   summed_ = DeviceArray<float>((ubatch > kMostRows ? ubatch : kMostRows) * summed_width);
@@ -304,7 +313,7 @@ std::string CudaBackend::description() const {
 MemoryUse CudaBackend::memory() const {
   return {.weights_bytes = weights_.bytes(),
           .kv_bytes = kv_.allocated_bytes(),
-          .workspace_bytes = workspace_bytes_ + attention_workspace_.size()};
+          .workspace_bytes = workspace_bytes_ + attention_workspace_.size() + shared_tiles_.size()};
 }
 
 void CudaBackend::run(const Batch& batch, BatchResult& result) {
@@ -512,7 +521,7 @@ std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows
   return calls;
 }
 
-Sums CudaBackend::multiply_chunk(WeightId weight, const ActivationRows& input) {
+Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
   std::vector<LinearCall> calls = linear_calls(weight, input.rows);
   const auto parts_of = [](const LinearCall& call) { return call.launch.parts(); };
   const Sums sums = {parts_.data(), parts_of(*std::ranges::max_element(calls, {}, parts_of)),
@@ -532,23 +541,39 @@ Sums CudaBackend::multiply_chunk(WeightId weight, const ActivationRows& input) {
   return sums;
 }
 
+void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& input) {
+  const uint32_t rows = input.rows.rows;
+  const ActivationBlocks blocks = {blocked_values_.data(), rows, input.rows.column_tiles};
+  launch_block_activations(stream_.handle, input.rows, blocks);
+  const auto launch_rows = [&](LayoutId layout, const PackedRows& weights) {
+    if (weights.rows == 0) return;
+    const ManyRowsLaunch launch = choose_many_rows(device_shape_, matrix_unit(device_.major),
+                                                   layout, weights.rows, matrix.columns, rows);
+    if (launch.workspace_bytes > shared_tiles_.size()) {
+      shared_tiles_ = {};
+      shared_tiles_ = DeviceArray<std::byte>(launch.workspace_bytes);
+      NIBBLE_CUDA(cudaMemsetAsync(shared_tiles_.data(), 0, shared_tiles_.size(), stream_.handle));
+    }
+    launch_many_rows(
+        stream_.handle, layout,
+        {weights, blocks, input.scales, summed_.data(), matrix.rows, shared_tiles_.data()}, launch);
+  };
+  for (const MatrixPart& part : matrix.parts) {
+    launch_rows(part.first, part.rows[0]);
+    if (part.second) launch_rows(*part.second, part.rows[1]);
+  }
+}
+
 Product CudaBackend::multiply(std::string_view what, WeightId weight, const ScaledRows& input) {
   const DeviceMatrix& matrix = weights_.matrix(weight);
   const uint32_t total = input.rows.rows;
   Product product = {};
-  timed(what, matrix.bytes * ((total + kMostRows - 1) / kMostRows), [&] {
+  timed(what, matrix.bytes, [&] {
     if (total <= kMostRows) {
-      product = {multiply_chunk(weight, input.rows), input.scales};
+      product = {multiply_few(weight, input.rows), input.scales};
       return;
     }
-    for (uint32_t first = 0; first < total; first += kMostRows) {
-      ActivationRows chunk = input.rows;
-      chunk.rows = std::min(total - first, kMostRows);
-      chunk.values += uint64_t(first) * chunk.column_tiles * kTileColumns;
-      chunk.means += uint64_t(first) * chunk.column_tiles;
-      launch_sum(stream_.handle, {multiply_chunk(weight, chunk), input.scales + first, matrix.rows,
-                                  0, summed_.data() + uint64_t(first) * matrix.rows});
-    }
+    multiply_many(matrix, input);
     product = {{summed_.data(), 1, total, matrix.rows}, ones_.data()};
   });
   return product;

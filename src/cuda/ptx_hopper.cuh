@@ -30,12 +30,6 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// What this thread has read from shared memory, the copy engine may overwrite once it hears of it.
-// Without this an arrival at a barrier overtakes the reads before it (seen: 128 bytes of a tile
-// that were the next one's already, a few times in 1e8 reads).
-__device__ __forceinline__ void finish_shared_reads() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 // A flag in global memory: what a thread wrote before storing it, others see after loading it.
 __device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");

@@ -61,6 +61,14 @@ class TileRing {
     return slots_[slot];
   }
 
+  // All lanes have read the slot they waited for: it may be asked into again.
+  __device__ __forceinline__ void release() {
+#if __CUDA_ARCH__ >= 900
+    ptx::finish_shared_reads();
+#endif
+    __syncwarp();
+  }
+
  private:
   Layout* slots_;
   uint64_t* barriers_;
@@ -235,7 +243,7 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   for (uint32_t tile = begin; tile < end; ++tile) {
     Fragment<Layout> fragment;
     fragment.load(ring.wait(slot, round), lane);
-    __syncwarp();  // all lanes have read the slot
+    ring.release();
     ask(slot);
     if (++slot == kStages) slot = 0, ++round;
 

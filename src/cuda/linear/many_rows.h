@@ -35,6 +35,11 @@ struct ManyRowsLaunch {
   constexpr uint32_t tiles() const { return row_blocks * token_blocks; }
 };
 
+// The workspace begins with a flag for each block, at the same place whatever the launch's shape:
+// launches that share a workspace leave its flags cleared, but not the sums behind them.
+inline constexpr uint32_t kMostBlocksSharing = 1024;
+inline constexpr uint64_t kFlagBytes = kMostBlocksSharing * sizeof(uint32_t);
+
 // Weight rows that a block of the layout takes at a time.
 constexpr uint32_t many_rows_tile_rows(uint32_t tile_bytes) {
   return tile_bytes <= 6000 ? 256 : 128;

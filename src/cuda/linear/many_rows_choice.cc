@@ -31,15 +31,14 @@ ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, Layo
     launch.blocks = launch.whole_tiles = tiles;
     return launch;
   }
-  const uint32_t slots = device.multiprocessors;
+  const uint32_t slots = std::min(device.multiprocessors, kMostBlocksSharing);
   launch.whole_tiles = tiles / slots * slots;
   const uint32_t parts = std::min(TileGrid(1, columns).column_tiles, kMostSharing);
   launch.sharing_blocks =
       uint32_t(std::min<uint64_t>(slots, uint64_t(tiles - launch.whole_tiles) * parts));
   launch.blocks = launch.whole_tiles > 0 ? slots : launch.sharing_blocks;
-  launch.workspace_bytes =
-      uint64_t(launch.blocks) *
-      (sizeof(uint32_t) + uint64_t(launch.tile_rows) * launch.tile_tokens * sizeof(float));
+  launch.workspace_bytes = kFlagBytes + uint64_t(launch.sharing_blocks) * launch.tile_rows *
+                                            launch.tile_tokens * sizeof(float);
   return launch;
 }
 

@@ -49,12 +49,25 @@ MatrixUnit this_matrix_unit() {
   return matrix_unit(uint32_t(major));
 }
 
+// As a backend has it: one for all launches, cleared once.
+class Workspace {
+ public:
+  Workspace() { NIBBLE_CUDA(cudaMemset(bytes_.data(), 0, bytes_.size())); }
+  void* for_launch(const ManyRowsLaunch& launch) const {
+    EXPECT_LE(launch.workspace_bytes, bytes_.size());
+    return bytes_.data();
+  }
+
+ private:
+  const DeviceArray<std::byte> bytes_{size_t{64} << 20};
+};
+
 struct Case {
   LayoutId layout;
   uint32_t matrix_rows, columns, rows;
 };
 
-void expect_product(const Case& c, MatrixUnit unit) {
+void expect_product(const Workspace& workspace, const Case& c, MatrixUnit unit) {
   const uint32_t seed = std::random_device{}();
   std::mt19937 random(seed);
   SCOPED_TRACE(testing::Message() << "layout " << int(c.layout) << ", " << c.matrix_rows << " x "
@@ -85,8 +98,6 @@ void expect_product(const Case& c, MatrixUnit unit) {
 
   const ManyRowsLaunch launch =
       choose_many_rows(test::device_shape(), unit, c.layout, c.matrix_rows, c.columns, c.rows);
-  const DeviceArray<std::byte> workspace(launch.workspace_bytes);
-  NIBBLE_CUDA(cudaMemset(workspace.data(), 0, launch.workspace_bytes));
   constexpr uint32_t kFirstOutput = 3;
   const uint32_t stride = c.matrix_rows + 5;
   const DeviceArray<float> output(size_t(c.rows) * stride);
@@ -95,7 +106,7 @@ void expect_product(const Case& c, MatrixUnit unit) {
                              device_scales.data(),
                              output.data(),
                              stride,
-                             workspace.data()};
+                             workspace.for_launch(launch)};
   for (int round = 0; round < 2; ++round) {  // the second on what the first left in the workspace
     NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));  // NaN
     launch_many_rows(nullptr, c.layout, args, launch);
@@ -141,23 +152,28 @@ constexpr LayoutId kAll[] = {LayoutId::kQ4,          LayoutId::kQ5,  LayoutId::k
 
 TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
   NIBBLE_NEEDS_GPU();
+  const Workspace workspace;
   for (const LayoutId layout : kAll) {
     for (const uint32_t rows : {9u, 31u, 50u, 130u})
-      expect_product({layout, 333, 768, rows}, this_matrix_unit());
-    expect_product({layout, 333, 768, 77}, MatrixUnit::kMma);
+      expect_product(workspace, {layout, 333, 768, rows}, this_matrix_unit());
+    expect_product(workspace, {layout, 333, 768, 77}, MatrixUnit::kMma);
   }
 }
 
 TEST(ManyRows, TakesMatricesOfAllShapes) {
   NIBBLE_NEEDS_GPU();
+  const Workspace workspace;
   for (const MatrixUnit unit : {this_matrix_unit(), MatrixUnit::kMma}) {
-    expect_product({LayoutId::kQ4, 1, 256, 9}, unit);
-    expect_product({LayoutId::kQ4, 257, 512, 129}, unit);
-    expect_product({LayoutId::kQ8, 100, 288, 16}, unit);  // columns that end within a tile
-    expect_product({LayoutId::kF16, 40, 77, 300}, unit);
-    expect_product({LayoutId::kQ6, 300, 5376, 20}, unit);    // tiles of up to 8 blocks
-    expect_product({LayoutId::kQ4, 9000, 768, 600}, unit);   // whole tiles, then shared ones
-    expect_product({LayoutId::kQ4, 1000, 256, 1200}, unit);  // nothing to share along the columns
+    expect_product(workspace, {LayoutId::kQ4, 1, 256, 9}, unit);
+    expect_product(workspace, {LayoutId::kQ4, 257, 512, 129}, unit);
+    expect_product(workspace, {LayoutId::kQ8, 100, 288, 16},
+                   unit);  // columns that end within a tile
+    expect_product(workspace, {LayoutId::kF16, 40, 77, 300}, unit);
+    expect_product(workspace, {LayoutId::kQ6, 300, 5376, 20}, unit);  // tiles of up to 8 blocks
+    expect_product(workspace, {LayoutId::kQ4, 9000, 768, 600},
+                   unit);  // whole tiles, then shared ones
+    expect_product(workspace, {LayoutId::kQ4, 1000, 256, 1200},
+                   unit);  // nothing to share along the columns
   }
 }
 

@@ -289,15 +289,11 @@ class WgmmaBlock {
   // beside the other's.
   __device__ __forceinline__ float4* left_sums(uint32_t block) const {
     constexpr uint32_t kBlockFloats = Shape::kRows * kTokens;
-    return reinterpret_cast<float4*>(static_cast<float*>(args_.workspace) +
-                                     uint64_t(block) * kBlockFloats) +
-           threadIdx.x;
+    char* const sums = static_cast<char*>(args_.workspace) + kFlagBytes;
+    return reinterpret_cast<float4*>(sums) + uint64_t(block) * (kBlockFloats / 4) + threadIdx.x;
   }
   __device__ __forceinline__ uint32_t* flag(uint32_t block) const {
-    constexpr uint32_t kBlockFloats = Shape::kRows * kTokens;
-    return reinterpret_cast<uint32_t*>(static_cast<float*>(args_.workspace) +
-                                       uint64_t(gridDim.x) * kBlockFloats) +
-           block;
+    return static_cast<uint32_t*>(args_.workspace) + block;
   }
 
   __device__ __forceinline__ void leave_sums(const Sums& sums) {
