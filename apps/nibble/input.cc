@@ -15,12 +15,19 @@
 namespace nibble::app {
 namespace {
 
+// More than any context holds; /dev/zero has no end.
+constexpr size_t kMostBytes = size_t{256} << 20;
+
 // `name` is for the message.
 std::string read_all(std::FILE* file, std::string_view name) {
   std::string text;
   char buffer[65536];
   while (const size_t count = std::fread(buffer, 1, sizeof buffer, file)) {
     text.append(buffer, count);
+    if (text.size() > kMostBytes) {
+      fail(ErrorCode::kInvalidArgument, "{}: more than {} MiB; expected a text", name,
+           kMostBytes >> 20);
+    }
   }
   if (std::ferror(file)) fail(ErrorCode::kIo, "{}: can't read: {}", name, strerror(errno));
   return text;

@@ -175,6 +175,7 @@ TEST(Run, FilesThatCantBeReadAreFailures) {
   expect_failure(nibble({"run", "/", "-p", "x"}), "/");
   expect_failure(nibble({"run", "-f", "/nonexistent.txt"}), "/nonexistent.txt");
   expect_failure(nibble({"run", "-f", "/"}), "/");
+  expect_failure(nibble({"run", "-f", "/dev/zero"}), "/dev/zero");
   expect_failure(nibble({"eval", tiny(), "--tokens", "/nonexistent.i32"}), "/nonexistent.i32");
   expect_failure(nibble({"logits", tiny(), "--ids", "2", "--out", "/nonexistent/rows"}),
                  "/nonexistent/rows");
