@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -28,6 +29,14 @@ std::optional<std::pair<TokenId, float>> parse_bias(const std::string& text) {
 
 std::string check_bias(const std::string& text) {
   return parse_bias(text) ? "" : text + " is not ID=BIAS, as in 525=-2.5";
+}
+
+// A double, as other numbers are checked, has too few bits.
+std::string check_seed(const std::string& text) {
+  uint64_t seed;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seed);
+  if (error == std::errc() && end == text.data() + text.size()) return "";
+  return fmt::format("{} is not a whole number from 0 to {}", text, UINT64_MAX);
 }
 
 uint64_t random_seed() {
@@ -59,7 +68,7 @@ void SamplingOptions::add_to(CLI::App& command) {
       ->type_name("ID=BIAS")
       ->group(group);
   command.add_option("--seed", seed, "Same seed, same text; left out: a new one each time")
-      ->check(finite_between(0, double(UINT64_MAX)))
+      ->check(CLI::Validator(check_seed, ""))
       ->type_name("N")
       ->group(group);
 }
@@ -90,7 +99,7 @@ Answer generate(engine::Engine& engine, engine::Session& session, std::span<cons
     on_piece(piece);
   };
 
-  const CancelOnInterrupt interruptible(session);
+  const CatchInterrupt interruptible(session);
   try {
     const Stopwatch prefill;
     {

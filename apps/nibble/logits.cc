@@ -25,7 +25,7 @@ struct LogitsOptions {
 void write_rows(const LogitsOptions& options, std::span<const TokenId> tokens,
                 engine::Engine& engine, std::ofstream& out) {
   const std::unique_ptr<engine::Session> session = engine.new_session();
-  const CancelOnInterrupt interruptible(*session);
+  const CatchInterrupt interruptible(*session);
   ProgressBar bar;
   const size_t rows = std::min<size_t>(options.last, tokens.size());
   if (rows < tokens.size()) {

@@ -21,8 +21,13 @@ void pack(const Options& options) {
   std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is an error as a full disk is
   const Stopwatch watch;
   {
+    const CatchInterrupt interrupt;
     ProgressBar bar;
-    engine::pack_model(model_path(options.model), options.output, options.pack, bar.callback());
+    engine::pack_model(model_path(options.model), options.output, options.pack,
+                       [&](std::string_view what, uint64_t done, uint64_t total) {
+                         interrupt.check();
+                         bar.update(what, done, total);
+                       });
   }
   fmt::print(stderr, "{}: {}, packed for {} in {:.1f} s\n", printable(options.output),
              human_bytes(std::filesystem::file_size(options.output)), options.pack.backend,

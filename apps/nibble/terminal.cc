@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdio>
 
+#include "base/error.h"
 #include "engine/engine.h"
 #include "text/utf8.h"
 
@@ -15,9 +16,12 @@ namespace nibble::app {
 namespace {
 
 std::atomic<engine::Session*> interruptible = nullptr;
-static_assert(std::atomic<engine::Session*>::is_always_lock_free);
+std::atomic<bool> interrupted = false;
+static_assert(std::atomic<engine::Session*>::is_always_lock_free &&
+              std::atomic<bool>::is_always_lock_free);
 
 void on_interrupt(int) {
+  interrupted = true;
   if (engine::Session* session = interruptible.load()) session->cancel();
 }
 
@@ -79,17 +83,23 @@ Progress ProgressBar::callback() {
       [this](std::string_view what, uint64_t done, uint64_t total) { update(what, done, total); };
 }
 
-CancelOnInterrupt::CancelOnInterrupt(engine::Session& session) {
-  interruptible = &session;
+CatchInterrupt::CatchInterrupt(engine::Session* session) : session_(session) {
+  interrupted = false;
+  interruptible = session;
   struct sigaction action = {};
   action.sa_handler = on_interrupt;
   action.sa_flags = int(SA_RESETHAND | SA_RESTART);  // the second one finds the default again
   ::sigaction(SIGINT, &action, nullptr);
 }
 
-CancelOnInterrupt::~CancelOnInterrupt() {
+CatchInterrupt::~CatchInterrupt() {
   std::signal(SIGINT, SIG_DFL);
   interruptible = nullptr;
+  if (session_) session_->forget_cancel();
+}
+
+void CatchInterrupt::check() const {
+  if (interrupted) fail(ErrorCode::kCancelled, "stopped by Ctrl-C");
 }
 
 }  // namespace nibble::app

@@ -50,14 +50,24 @@ class ProgressBar {
   bool drawn_ = false;
 };
 
-// While it lives, Ctrl-C cancels `session`; a second Ctrl-C ends the program as usual. One at a
+// While it lives, the first Ctrl-C is held back; a second one ends the program as usual. One at a
 // time.
-class CancelOnInterrupt {
+class CatchInterrupt {
  public:
-  explicit CancelOnInterrupt(engine::Session& session);
-  ~CancelOnInterrupt();
-  CancelOnInterrupt(const CancelOnInterrupt&) = delete;
-  CancelOnInterrupt& operator=(const CancelOnInterrupt&) = delete;
+  CatchInterrupt() : CatchInterrupt(nullptr) {}
+  // The first one cancels the session, too. What comes too late for its last step is forgotten.
+  explicit CatchInterrupt(engine::Session& session) : CatchInterrupt(&session) {}
+  ~CatchInterrupt();
+  CatchInterrupt(const CatchInterrupt&) = delete;
+  CatchInterrupt& operator=(const CatchInterrupt&) = delete;
+
+  // Throws Error(kCancelled) after a Ctrl-C.
+  void check() const;
+
+ private:
+  explicit CatchInterrupt(engine::Session* session);
+
+  engine::Session* const session_;
 };
 
 }  // namespace nibble::app

@@ -124,6 +124,8 @@ class Session {
   // Error(kCancelled). What was in the cache before that step stays usable; pending tokens are
   // dropped.
   void cancel() noexcept { cancelled_ = true; }
+  // Takes back a cancel() that no step has heard.
+  void forget_cancel() noexcept { cancelled_ = false; }
 
   // The error that a step gave this session; empty when all is well. Any error but kCancelled
   // makes the session unusable until reset().

@@ -365,6 +365,19 @@ TEST(PackModel, LeavesNothingBehindWhenTheDiskIsFull) {
   EXPECT_EQ(test::read_file(folder / "packed"), "what was there before");
 }
 
+TEST(PackModel, LeavesNothingBehindWhenItIsInterrupted) {
+  const TemporaryFolder folder;
+  const auto interrupt = [&](std::string_view what, uint64_t, uint64_t) {
+    if (what != "packing") return;
+    EXPECT_TRUE(std::filesystem::exists(folder / "packed.partial"));
+    fail(ErrorCode::kCancelled, "Ctrl-C");
+  };
+  expect_refused(ErrorCode::kCancelled, {"Ctrl-C"}, [&] {
+    pack_model(test::fixture("models/micro-gemma4-Q4_0.gguf"), folder / "packed", {}, interrupt);
+  });
+  EXPECT_EQ(folder.files(), 0u);
+}
+
 TEST(PackModel, GivesTheSameFileWithAnyNumberOfThreads) {
   const TemporaryFolder folder;
   const auto source = test::fixture("models/wide-gemma4-Q4_K_M.gguf");

@@ -410,6 +410,9 @@ TEST_F(SessionTest, CancelBeforeAStepStopsTheNextOneOnly) {
   session->cancel();
   session->reset();
   session->extend(text);
+  session->cancel();
+  session->forget_cancel();
+  session->extend(text);
 }
 
 TEST_F(SessionTest, CancellingOneLeavesTheOthersOfTheBatch) {

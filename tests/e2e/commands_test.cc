@@ -394,6 +394,7 @@ TEST(Usage, MistakesGiveExitCode2) {
   expect_usage_error({"run", "-p", "a", "--min-p", "inf"});
   expect_usage_error({"run", "-p", "a", "--logit-bias", "5"});
   expect_usage_error({"run", "-p", "a", "--seed", "-1"});
+  expect_usage_error({"run", "-p", "a", "--seed", "18446744073709551616"});
   expect_usage_error({"run", "-p", "a", "--raw", "--system", "b"});
   expect_usage_error({"run", "-p", "a", "--backend", "abacus"});
   expect_usage_error({"run", "-p", "a", "--kv", "f8"});
