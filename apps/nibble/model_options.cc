@@ -146,7 +146,7 @@ OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& e
     const backend::MemoryUse memory = engine.backend().memory();
     fmt::print(stderr, "opened in {:.0f} ms: {} of weights, {} cache, up to {} tokens a step\n",
                opened.load_ms, human_bytes(memory.weights_bytes),
-               to_string(engine.backend().kv().groups().front().format), engine.ubatch());
+               describe_kv(engine.backend().kv().groups()), engine.ubatch());
   }
   return opened;
 }

@@ -14,7 +14,7 @@ namespace {
 constexpr uint32_t kUnbounded = 0;
 
 KvGroup group_of(uint32_t window) {
-  return {.window = window, .format = KvFormat::kF32, .layers = {}, .page_bytes = 1000};
+  return {.window = window, .layers = {}, .page_bytes = 1000};
 }
 
 // Pages of plain integers, one per position.

@@ -135,7 +135,7 @@ CpuBackend::CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa)
       isa_(isa),
       kernels_(elementwise_kernels(isa)),
       pool_(options.threads),
-      kv_(make_kv_groups(plan, options.kv_format), options.max_kv_pages),
+      kv_(make_kv_groups(plan, options.kv), options.max_kv_pages),
       kv_places_(kv_places(plan, kv_.groups())),
       linear_(isa, pool_, options.ubatch, max_columns(plan)),
       attention_(isa, pool_, plan, kv_) {
@@ -330,7 +330,7 @@ void CpuBackend::store_key_value(const NormQkvStep& step, const RopeTable& rope,
   std::byte* bytes = kv_.page(place.group, page);
   const size_t row = (size_t{head} * kKvPageTokens + position % kKvPageTokens) * head_dim;
   const auto store = [&](const float* from, uint64_t offset) {
-    if (group.format == KvFormat::kF32) {
+    if (layer.row.format == KvFormat::kF32) {
       std::memcpy(bytes + offset + row * sizeof(float), from, head_dim * sizeof(float));
     } else {
       kernels_.to_f16(from, head_dim,

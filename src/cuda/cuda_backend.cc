@@ -200,7 +200,7 @@ CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const 
       options_(options),
       device_(select(options.device)),
       weights_(require_memory(plan, device_), progress),
-      kv_(make_kv_groups(plan, options.kv_format), options.max_kv_pages, stream_.handle),
+      kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
   int shared_bytes;
   NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -247,7 +247,7 @@ void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend
                       .key_norm = head_norm(qkv.key_norm),
                       .value_norm = head_norm(qkv.value_norm),
                       .inverse_frequencies = rope.data(),
-                      .format = kv_.groups()[place.group].format,
+                      .format = layer.row.format,
                       .key_offset = layer.key_offset,
                       .value_offset = layer.value_offset};
 }

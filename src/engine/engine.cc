@@ -172,7 +172,7 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
                             .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch};
   Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, options.device));
   parts->backend = kind.make(parts->plan,
-                             {.kv_format = request.format,
+                             {.kv = backend::KvOptions::all(request.format),
                               .ubatch = request.ubatch,
                               .threads = options.threads,
                               .device = options.device,

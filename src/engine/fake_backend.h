@@ -92,7 +92,7 @@ class FakeKvStore : public backend::KvStore {
 
  private:
   static backend::KvGroup group(uint32_t window) {
-    return {.window = window, .format = backend::KvFormat::kF32, .layers = {}, .page_bytes = 512};
+    return {.window = window, .layers = {}, .page_bytes = 512};
   }
   std::vector<std::vector<uint64_t>> pages_[2];  // [group][page][layer, position]
 };

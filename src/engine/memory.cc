@@ -89,7 +89,7 @@ MemoryNeeds memory_needs(const Plan& plan, KvFormat format, uint32_t context, ui
   MemoryNeeds needs{.weights_bytes = plan.weight_bytes(),
                     .kv_bytes = 0,
                     .workspace_bytes = workspace_bytes(plan, ubatch)};
-  for (const KvGroup& group : make_kv_groups(plan, format)) {
+  for (const KvGroup& group : make_kv_groups(plan, backend::KvOptions::all(format))) {
     needs.kv_bytes += session_pages(group, context, ubatch) * group.page_bytes;
   }
   return needs;
@@ -108,7 +108,7 @@ Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
          in_words(needed), in_words(free_bytes), what_would_fit(plan, request, free_bytes));
   }
   Size size{.context = context, .max_kv_pages = {}};
-  for (const KvGroup& group : make_kv_groups(plan, request.format)) {
+  for (const KvGroup& group : make_kv_groups(plan, backend::KvOptions::all(request.format))) {
     const uint64_t pages = session_pages(group, context, request.ubatch) * request.sessions;
     size.max_kv_pages.push_back(
         static_cast<uint32_t>(std::min<uint64_t>(pages, std::numeric_limits<uint32_t>::max())));

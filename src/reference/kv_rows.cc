@@ -56,19 +56,19 @@ std::byte* KvRows::row(uint64_t part_offset, uint32_t kv_head, uint32_t position
   NIBBLE_CHECK(page != backend::kNoPage);
   const uint64_t row = uint64_t{kv_head} * kKvPageTokens + position % kKvPageTokens;
   return store_.page(group_index_, page) + part_offset +
-         row * head_dim_ * element_bytes(group_.format);
+         row * head_dim_ * element_bytes(layer_.row.format);
 }
 
 void KvRows::write(uint32_t kv_head, uint32_t position, std::span<const float> key,
                    std::span<const float> value) {
-  encode(group_.format, key, row(layer_.key_offset, kv_head, position));
-  encode(group_.format, value, row(layer_.value_offset, kv_head, position));
+  encode(layer_.row.format, key, row(layer_.key_offset, kv_head, position));
+  encode(layer_.row.format, value, row(layer_.value_offset, kv_head, position));
 }
 
 void KvRows::read(uint32_t kv_head, uint32_t position, std::span<float> key,
                   std::span<float> value) const {
-  decode(group_.format, row(layer_.key_offset, kv_head, position), key);
-  decode(group_.format, row(layer_.value_offset, kv_head, position), value);
+  decode(layer_.row.format, row(layer_.key_offset, kv_head, position), key);
+  decode(layer_.row.format, row(layer_.value_offset, kv_head, position), value);
 }
 
 }  // namespace nibble::reference

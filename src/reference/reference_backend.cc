@@ -48,7 +48,7 @@ class ReferenceBackend final : public Backend {
       : plan_(plan),
         ubatch_(options.ubatch),
         pool_(options.threads),
-        kv_(make_kv_groups(plan, options.kv_format), options.max_kv_pages),
+        kv_(make_kv_groups(plan, options.kv), options.max_kv_pages),
         kv_places_(kv_places(plan, kv_.groups())),
         values_(plan.values.size()) {}
 

@@ -87,9 +87,10 @@ class TinyModel {
 class ReferenceBackendTest : public testing::TestWithParam<KvFormat> {
  protected:
   std::unique_ptr<Backend> make() {
-    return make_reference_backend(
-        model_.plan,
-        {.kv_format = GetParam(), .ubatch = kUbatch, .threads = 2, .max_kv_pages = {20, 20}});
+    return make_reference_backend(model_.plan, {.kv = KvOptions::all(GetParam()),
+                                                .ubatch = kUbatch,
+                                                .threads = 2,
+                                                .max_kv_pages = {20, 20}});
   }
   std::vector<TokenId> random_tokens(size_t count) {
     std::uniform_int_distribution<int32_t> id(0, kVocabulary - 1);

@@ -28,11 +28,11 @@ struct RealModel {
     }
   }
   BackendOptions options(KvFormat format) const {
-    return {.kv_format = format,
+    return {.kv = KvOptions::all(format),
             .ubatch = kUbatch,
             .threads = 0,
             .device = 0,
-            .max_kv_pages = std::vector<uint32_t>(make_kv_groups(plan, format).size(), 200)};
+            .max_kv_pages = std::vector<uint32_t>(make_kv_groups(plan, {}).size(), 200)};
   }
 
   const gguf::GgufFile file;

@@ -71,7 +71,7 @@ class Golden : public testing::TestWithParam<std::tuple<BackendCase, const char*
  protected:
   void SetUp() override {
     if (backend_case().devices() == 0) GTEST_SKIP() << "this machine has no device for it";
-    backend_ = backend_case().make(plan_, {.kv_format = backend_case().kv_format,
+    backend_ = backend_case().make(plan_, {.kv = KvOptions::all(backend_case().kv_format),
                                            .ubatch = 512,
                                            .threads = 0,
                                            .max_kv_pages = {64, 64}});

@@ -238,7 +238,7 @@ void Attention::merge_spans(const Job& job, const Block& block, ThreadScratch& s
 void Attention::attend_span(const Job& job, const Block& block, const QueryBlock& queries,
                             uint32_t span_index, ThreadScratch& scratch,
                             const SoftmaxState& state) const {
-  const bool f32 = job.group.format == KvFormat::kF32;
+  const bool f32 = job.layer.row.format == KvFormat::kF32;
   const size_t head_bytes =
       size_t{kKvPageTokens} * queries.head_dim * (f32 ? sizeof(float) : sizeof(uint16_t));
   const std::vector<backend::PageId>& table = block.sequence->kv->table(job.group_index);

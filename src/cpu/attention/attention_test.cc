@@ -91,7 +91,7 @@ class Sequence {
         float& x = (is_key ? keys_ : values_)[position * shape_.kv_width() + i];
         std::byte* part =
             page + (is_key ? group.layers[1].key_offset : group.layers[1].value_offset);
-        if (group.format == KvFormat::kF32) {
+        if (group.layers[1].row.format == KvFormat::kF32) {
           reinterpret_cast<float*>(part)[index] = x;
         } else {
           const uint16_t half = f32_to_f16(x);
@@ -166,7 +166,7 @@ class AttentionTest : public ::testing::TestWithParam<Isa> {
   // Attends with rows [first, first + rows) of one sequence and checks them all.
   void check(const Case& c, uint32_t first, uint32_t rows, uint32_t threads = 2) {
     const Plan plan = plan_of(c);
-    backend::HostKvStore store(make_kv_groups(plan, c.format), {1000});
+    backend::HostKvStore store(make_kv_groups(plan, KvOptions::all(c.format)), {1000});
     ThreadPool pool(threads);
     Attention attention(GetParam(), pool, plan, store);
     Sequence sequence(store, plan, first + rows, random_);
@@ -241,7 +241,7 @@ TEST_P(AttentionTest, ManyRows) {
 TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
   const Case c{{2, 1, 16}, 0, KvFormat::kF32};
   const Plan plan = plan_of(c);
-  backend::HostKvStore store(make_kv_groups(plan, c.format), {10});
+  backend::HostKvStore store(make_kv_groups(plan, KvOptions::all(c.format)), {10});
   ThreadPool pool(1);
   Attention attention(GetParam(), pool, plan, store);
   Sequence sequence(store, plan, 40, random_);
@@ -275,7 +275,7 @@ TEST_P(AttentionTest, RowsDoNotDependOnTheirBatch) {
       SCOPED_TRACE(describe(c));
       const Plan plan = plan_of(c);
       const AttendStep& step = std::get<AttendStep>(plan.steps[0]);
-      backend::HostKvStore store(make_kv_groups(plan, format), {1000});
+      backend::HostKvStore store(make_kv_groups(plan, KvOptions::all(format)), {1000});
       constexpr uint32_t kFirst = 1000, kRows = 70;
       Sequence sequence(store, plan, kFirst + kRows, random_);
       Sequence other(store, plan, 600, random_);

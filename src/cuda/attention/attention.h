@@ -26,7 +26,7 @@ struct RowPlace {
 // The block tables of a KvGroup: entry (s, i) is the device address of the page that holds
 // positions [32 i, 32 i + 32) of sequence s. Entries that no row of the step can see may be
 // anything. In device memory, written before the step's first kernel; pages as in
-// docs/formats/cuda-kv-pages.md.
+// docs/formats/kv-pages.md.
 struct BlockTables {
   const uint64_t* pages;  // [sequences, stride]
   uint32_t stride;
