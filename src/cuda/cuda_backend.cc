@@ -108,14 +108,13 @@ class CudaBackend final : public Backend {
   void multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
   std::vector<LinearCall> linear_calls(WeightId weight, uint32_t rows) const;
   Product add_up(const Product& product);
-  // Whether activations of this norm could be too large for f16.
-  bool may_leave_range(const RmsNorm& norm) const;
   // The residual takes up a product; the norm of the step after `index` comes along.
   void update(const Product& product, const std::optional<RmsNorm>& post_norm, float output_scale,
               size_t index);
 
   DeviceNorm device_norm(const RmsNorm& norm) const {
-    return {norm.weight.empty() ? nullptr : norms_.at(&norm).data(), norm.epsilon};
+    const StoredNorm& stored = norms_.at(&norm);
+    return {norm.weight.empty() ? nullptr : stored.weight.data(), norm.epsilon, stored.in_range};
   }
   HeadNorm head_norm(const std::optional<RmsNorm>& norm) const {
     if (!norm) return {};
@@ -151,7 +150,11 @@ class CudaBackend final : public Backend {
   const std::vector<KvPlace> kv_places_;
   StepInputs inputs_{kv_};
 
-  std::map<const RmsNorm*, DeviceArray<float>> norms_;  // the plan's
+  struct StoredNorm {
+    DeviceArray<float> weight;
+    bool in_range;  // DeviceNorm's
+  };
+  std::map<const RmsNorm*, StoredNorm> norms_;  // the plan's
   std::map<const Rope*, DeviceArray<float>> ropes_;
   std::map<const NormQkvStep*, AttentionLayer> attention_;
 
@@ -228,7 +231,10 @@ CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const 
 }
 
 void CudaBackend::add_norm(const RmsNorm& norm) {
-  if (!norm.weight.empty()) norms_.emplace(&norm, std::span(norm.weight));
+  float largest = norm.weight.empty() ? 1.0f : 0.0f;
+  for (const float weight : norm.weight) largest = std::max(largest, std::abs(weight));
+  const bool in_range = largest * std::sqrt(float(plan_.hidden)) <= kLargestHalf;
+  norms_.emplace(&norm, StoredNorm{DeviceArray<float>(std::span(norm.weight)), in_range});
 }
 
 void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend) {
@@ -412,7 +418,7 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
   const AttentionLayer& layer = attention_.at(&step);
   Product product = multiply("q, k, v", step.qkv, normed(rows()));
   // Attention takes sums as they are: scales that may differ from 1 are applied before.
-  if (may_leave_range(step.norm)) product = add_up(product);
+  if (!device_norm(step.norm).in_range) product = add_up(product);
   const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
                                                   rows(), inputs_.shape().single_rows);
   const AttentionArgs args = {.places = inputs_.places(),
@@ -584,12 +590,6 @@ Product CudaBackend::add_up(const Product& product) {
   const uint32_t width = product.sums.stride;
   launch_sum(stream_.handle, {product.sums, product.scales, width, 0, summed_.data()});
   return {{summed_.data(), 1, product.sums.rows, width}, ones_.data()};
-}
-
-bool CudaBackend::may_leave_range(const RmsNorm& norm) const {
-  float largest = norm.weight.empty() ? 1.0f : 0.0f;
-  for (const float weight : norm.weight) largest = std::max(largest, std::abs(weight));
-  return !(largest * std::sqrt(float(plan_.hidden)) <= kLargestHalf);
 }
 
 void CudaBackend::grow_attention_workspace() {

@@ -7,8 +7,10 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kManyTiles = 4;         // pieces that a lane holds of a wide row
+constexpr int kManyTiles = 4;  // pieces that a lane holds of a wide row
 constexpr uint32_t kSumThreads = 256;
+// A sum of squares this much smaller than its parts has lost 3 of its 24 bits to their difference.
+constexpr float kCancelled = 1.0f / 8;
 
 uint32_t tiles_of(uint32_t width) {
   return (width + kTileColumns - 1) / kTileColumns;
@@ -17,7 +19,7 @@ uint32_t tiles_of(uint32_t width) {
 template <class Layout, int kTiles>
 __global__ void __launch_bounds__(kMostWarps* kLanes)
     embed_kernel(const __grid_constant__ EmbedArgs args) {
-  __shared__ ReduceShared shared;
+  __shared__ ReduceShared<RowFacts<1, 1>> shared;
   const ClusterPlace place;
   ptx::launch_dependents();
   cluster_sync(place);
@@ -41,7 +43,9 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 template <int kTiles>
 __global__ void __launch_bounds__(kMostWarps* kLanes)
     update_kernel(const __grid_constant__ UpdateArgs args) {
-  __shared__ ReduceShared shared[2];
+  // Sums of squares of the product, and of the weighted product, the residual, and their product.
+  __shared__ ReduceShared<RowFacts<4, 0>> shared;
+  __shared__ ReduceShared<RowFacts<1, 1>> normed_shared;
   const ClusterPlace place;
   const uint32_t row = blockIdx.x / place.blocks, width = args.width;
   ptx::launch_dependents();
@@ -54,33 +58,46 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   float* const residual = args.residual + uint64_t(row) * width;
   const float scale = args.scales[row];
   Row<kTiles> x, old;
-  SumAndLargest own{0, 0};
+  RowFacts<4, 0> own = {};
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     load_piece(residual, column, width, old.values[i]);
     load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
 #pragma unroll
-    for (float value : x.values[i]) own.sum += value * value;
+    for (uint32_t j = 0; j < kLaneValues; ++j) {
+      float& value = x.values[i][j];
+      own.values[0] += value * value;
+      value *= post_weight.values[i][j];
+      own.values[1] += value * value;
+      own.values[2] += old.values[i][j] * old.values[i][j];
+      own.values[3] += value * old.values[i][j];
+    }
   });
-  float factor = 1;
-  if (args.has_post_norm) {
-    const float sum = reduce_row(place, own, shared[0]).sum;
-    factor = 1 / sqrtf(sum / float(width) + args.post_norm.epsilon);
-  }
+  // The squares of the new residual follow from these: a second exchange would take as long again.
+  const auto [product, weighted, before, both] = reduce_row(place, own, shared).values;
+  const float factor =
+      args.has_post_norm ? 1 / sqrtf(product / float(width) + args.post_norm.epsilon) : 1;
+  const float apart = before + factor * factor * weighted;
+  const float squares = apart + 2 * factor * both;
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j) {
-      const float value = x.values[i][j] * factor * post_weight.values[i][j];
-      x.values[i][j] = (old.values[i][j] + value) * args.output_scale;
-    }
+    for (uint32_t j = 0; j < kLaneValues; ++j)
+      x.values[i][j] = (old.values[i][j] + x.values[i][j] * factor) * args.output_scale;
     store_piece(residual, column, width, x.values[i]);
   });
-  store_normed(place, x, next_weight, args.next_norm.epsilon, width, args.normed, row, shared[1]);
+  if (squares < kCancelled * apart || !args.next_norm.in_range) {
+    store_normed(place, x, next_weight, args.next_norm.epsilon, width, args.normed, row,
+                 normed_shared);
+    return;
+  }
+  const float mean = args.output_scale * args.output_scale * squares / float(width);
+  store_row(place, x, next_weight, 1 / sqrtf(mean + args.next_norm.epsilon), 1, width, args.normed,
+            row);
 }
 
 template <int kTiles>
 __global__ void __launch_bounds__(kMostWarps* kLanes)
     norm_kernel(const __grid_constant__ NormArgs args) {
-  __shared__ ReduceShared shared;
+  __shared__ ReduceShared<RowFacts<1, 1>> shared;
   const ClusterPlace place;
   const uint32_t row = blockIdx.x / place.blocks;
   ptx::launch_dependents();
@@ -104,7 +121,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 template <int kTiles>
 __global__ void __launch_bounds__(kMostWarps* kLanes)
     gated_gelu_kernel(const __grid_constant__ GatedArgs args) {
-  __shared__ ReduceShared shared;
+  __shared__ ReduceShared<RowFacts<0, 1>> shared;
   const ClusterPlace place;
   ptx::launch_dependents();
   cluster_sync(place);
@@ -112,7 +129,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const uint32_t row = blockIdx.x / place.blocks, width = args.width;
   const float scale = args.scales[row];
   Row<kTiles> x;
-  SumAndLargest own{0, 0};
+  RowFacts<0, 1> own = {};
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     float up[kLaneValues];
     load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
@@ -120,10 +137,10 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 #pragma unroll
     for (uint32_t j = 0; j < kLaneValues; ++j) {
       x.values[i][j] = gelu_tanh(x.values[i][j]) * up[j];
-      own.largest = fmaxf(own.largest, fabsf(x.values[i][j]));
+      own.values[0] = fmaxf(own.values[0], fabsf(x.values[i][j]));
     }
   });
-  const float range = range_scale(reduce_row(place, own, shared).largest);
+  const float range = range_scale(reduce_row(place, own, shared).values[0]);
   const float inverse_range = 1 / range;
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
 #pragma unroll

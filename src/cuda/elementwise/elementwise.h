@@ -33,6 +33,7 @@ struct ScaledRows {
 struct DeviceNorm {
   const float* weight;  // [width], on the device; null: ones
   float epsilon;
+  bool in_range;  // f16 holds every normed row: largest |weight| * sqrt(width) is no more
 };
 
 // What one block takes of a row; a cluster takes eight times as much.

@@ -114,7 +114,9 @@ constexpr Shape kShapes[] = {{1, 5376}, {8, 256},  {3, 100}, {2, 515},
 TEST_F(Elementwise, UpdateAddsTheNormedProductAndNormsTheResult) {
   for (const auto& [rows, width] : kShapes) {
     for (const bool has_post_norm : {true, false}) {
-      SCOPED_TRACE(testing::Message() << rows << " x " << width << ", post norm " << has_post_norm);
+      const bool in_range = random_() % 2 == 0;  // true of both; the kernel may take it as unknown
+      SCOPED_TRACE(testing::Message() << rows << " x " << width << ", post norm " << has_post_norm
+                                      << ", in range " << in_range);
       constexpr uint32_t kParts = 4;
       const auto parts = normal(size_t(kParts) * rows * width), residual = normal(rows * width);
       const auto post = normal(width), next = normal(width);
@@ -136,10 +138,10 @@ TEST_F(Elementwise, UpdateAddsTheNormedProductAndNormsTheResult) {
                               .scales = d_scales.data(),
                               .width = width,
                               .has_post_norm = has_post_norm,
-                              .post_norm = {d_post.data(), 1e-6f},
+                              .post_norm = {d_post.data(), 1e-6f, true},
                               .output_scale = 0.75f,
                               .residual = d_residual.data(),
-                              .next_norm = {d_next.data(), 1e-6f},
+                              .next_norm = {d_next.data(), 1e-6f, in_range},
                               .normed = out.device()});
       NIBBLE_CUDA(cudaDeviceSynchronize());
       const auto updated = d_residual.download();
@@ -148,6 +150,53 @@ TEST_F(Elementwise, UpdateAddsTheNormedProductAndNormsTheResult) {
       out.expect(normed(product, width, next, 1e-6));
     }
   }
+}
+
+// Where a product takes nearly all of a residual away, the norm is still that of what is left.
+TEST_F(Elementwise, UpdateNormsASmallDifferenceOfLargeRows) {
+  constexpr uint32_t kWidth = 3000;
+  std::vector<float> product(kWidth), residual(kWidth), one{1};
+  std::vector<double> left(kWidth);
+  for (uint32_t i = 0; i < kWidth; ++i) {
+    product[i] = float(int(random_() % 255) - 127);
+    residual[i] = product[i] * (1.0f / 128 - 1);
+    left[i] = product[i] / 128;
+  }
+  const DeviceArray<float> d_product{std::span<const float>(product)},
+      d_residual{std::span<const float>(residual)}, d_scales{std::span<const float>(one)};
+  const Rows out(1, kWidth);
+  launch_update(nullptr, {.sums = {d_product.data(), 1, 1, kWidth},
+                          .scales = d_scales.data(),
+                          .width = kWidth,
+                          .has_post_norm = false,
+                          .post_norm = {},
+                          .output_scale = 1,
+                          .residual = d_residual.data(),
+                          .next_norm = {nullptr, 1e-6f, true},
+                          .normed = out.device()});
+  out.expect(normed(left, kWidth, {}, 1e-6));
+}
+
+TEST_F(Elementwise, UpdateRowsBeyondF16AreScaledAndNotLost) {
+  constexpr uint32_t kWidth = 512;
+  std::vector<float> residual(kWidth, 1e-3f), weight(kWidth, 1);
+  const std::vector<float> product(kWidth), one{1};
+  residual[5] = 1;  // normed: about sqrt(512)
+  weight[5] = 1e8f;
+  const DeviceArray<float> d_product{std::span(product)},
+      d_residual{std::span<const float>(residual)}, d_weight{std::span<const float>(weight)},
+      d_scales{std::span(one)};
+  const Rows out(1, kWidth);
+  launch_update(nullptr, {.sums = {d_product.data(), 1, 1, kWidth},
+                          .scales = d_scales.data(),
+                          .width = kWidth,
+                          .has_post_norm = false,
+                          .post_norm = {},
+                          .output_scale = 1,
+                          .residual = d_residual.data(),
+                          .next_norm = {d_weight.data(), 1e-6f, false},
+                          .normed = out.device()});
+  out.expect(normed({residual.begin(), residual.end()}, kWidth, weight, 1e-6));
 }
 
 TEST_F(Elementwise, NormTakesTheRowsThatItIsGiven) {
@@ -163,7 +212,8 @@ TEST_F(Elementwise, NormTakesTheRowsThatItIsGiven) {
     const DeviceArray<float> d_residual{std::span(residual)};
     const DeviceArray<uint32_t> d_rows{std::span<const uint32_t>(chosen)};
     const Rows out(rows, width);
-    launch_norm(nullptr, {d_residual.data(), d_rows.data(), width, {nullptr, 1e-5f}, out.device()});
+    launch_norm(nullptr,
+                {d_residual.data(), d_rows.data(), width, {nullptr, 1e-5f, true}, out.device()});
     out.expect(normed(x, width, {}, 1e-5));
   }
 }
@@ -178,8 +228,9 @@ TEST_F(Elementwise, ValuesBeyondF16AreScaledAndNotLost) {
       d_weight{std::span<const float>(weight)};
   const DeviceArray<uint32_t> d_rows{std::span(rows)};
   const Rows out(2, kWidth);
-  launch_norm(nullptr,
-              {d_residual.data(), d_rows.data(), kWidth, {d_weight.data(), 1e-6f}, out.device()});
+  launch_norm(
+      nullptr,
+      {d_residual.data(), d_rows.data(), kWidth, {d_weight.data(), 1e-6f, false}, out.device()});
   out.expect(normed({residual.begin(), residual.end()}, kWidth, weight, 1e-6));
 }
 
@@ -255,7 +306,7 @@ TEST_F(Elementwise, EmbedTakesRowsOfTheTable) {
                          .tokens = d_tokens.data(),
                          .scale = 1.5f,
                          .residual = residual.data(),
-                         .norm = {nullptr, 1e-6f},
+                         .norm = {nullptr, 1e-6f, true},
                          .normed = out.device()});
   NIBBLE_CUDA(cudaDeviceSynchronize());
   std::vector<double> expected;

@@ -128,38 +128,50 @@ __device__ __forceinline__ void load_weight(const DeviceNorm& norm, uint32_t col
   for (float& value : values) value = 1;
 }
 
-// A sum and a largest value over a row, known to all its lanes.
-struct SumAndLargest {
-  float sum, largest;
-};
-struct ReduceShared {  // used by one call alone
-  SumAndLargest warps[kMostWarps];
-  SumAndLargest blocks[kMostBlocks];
-};
-__device__ __forceinline__ SumAndLargest combine(SumAndLargest a, SumAndLargest b) {
-  return {a.sum + b.sum, fmaxf(a.largest, b.largest)};
-}
-// The cluster's blocks must have met before: each writes to the others' shared memory.
-__device__ __forceinline__ SumAndLargest reduce_row(const ClusterPlace& place, SumAndLargest own,
-                                                    ReduceShared& shared) {
-  const auto over_lanes = [](SumAndLargest value) {
+// What a row's lanes find out together: kSums sums, then kLargest largest values.
+template <int kSums, int kLargest>
+struct RowFacts {
+  float values[kSums + kLargest];
+
+  __device__ __forceinline__ void add(const RowFacts& other) {
 #pragma unroll
-    for (uint32_t distance = kLanes / 2; distance > 0; distance /= 2) {
-      value = combine(value, {__shfl_xor_sync(~0u, value.sum, distance),
-                              __shfl_xor_sync(~0u, value.largest, distance)});
-    }
-    return value;
-  };
+    for (int i = 0; i < kSums + kLargest; ++i)
+      values[i] = i < kSums ? values[i] + other.values[i] : fmaxf(values[i], other.values[i]);
+  }
+};
+
+template <class Facts>
+__device__ __forceinline__ Facts over_lanes(Facts facts) {
+#pragma unroll
+  for (uint32_t distance = kLanes / 2; distance > 0; distance /= 2) {
+    Facts other = facts;
+#pragma unroll
+    for (float& value : other.values) value = __shfl_xor_sync(~0u, value, distance);
+    facts.add(other);
+  }
+  return facts;
+}
+
+template <class Facts>
+struct ReduceShared {  // used by one call alone
+  Facts warps[kMostWarps];
+  Facts blocks[kMostBlocks];
+};
+// The cluster's blocks must have met before: each writes to the others' shared memory. All lanes of
+// the row come to the same bits.
+template <class Facts>
+__device__ __forceinline__ Facts reduce_row(const ClusterPlace& place, Facts own,
+                                            ReduceShared<Facts>& shared) {
   own = over_lanes(own);
   const uint32_t lane = threadIdx.x % kLanes;
   if (lane == 0) shared.warps[threadIdx.x / kLanes] = own;
   __syncthreads();
-  own = over_lanes(lane < blockDim.x / kLanes ? shared.warps[lane] : SumAndLargest{0, 0});
+  own = over_lanes(lane < blockDim.x / kLanes ? shared.warps[lane] : Facts{});
   if (place.blocks == 1) return own;
   if (threadIdx.x < place.blocks)
     *cluster_shared(place, &shared.blocks[place.rank], threadIdx.x) = own;
   cluster_sync(place);
-  return over_lanes(lane < place.blocks ? shared.blocks[lane] : SumAndLargest{0, 0});
+  return over_lanes(lane < place.blocks ? shared.blocks[lane] : Facts{});
 }
 
 // The power of two that brings `largest` into f16's range: 1 when it is there.
@@ -169,24 +181,11 @@ __device__ __forceinline__ float range_scale(float largest) {
   return __uint_as_float((exponent - 14) << 23);
 }
 
-// normed = norm(x), for the row that the cluster has in its registers.
+// normed = factor * x * weight, for the row that the cluster has in its registers.
 template <int kTiles>
-__device__ __forceinline__ void store_normed(const ClusterPlace& place, const Row<kTiles>& x,
-                                             const Row<kTiles>& weight, float epsilon,
-                                             uint32_t width, const ScaledRows& normed, uint32_t row,
-                                             ReduceShared& shared) {
-  SumAndLargest own{0, 0};
-  for_each_piece<kTiles>(place, width, [&](int i, uint32_t) {
-#pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j) {
-      const float value = x.values[i][j];
-      own.sum += value * value;
-      own.largest = fmaxf(own.largest, fabsf(value * weight.values[i][j]));
-    }
-  });
-  const SumAndLargest all = reduce_row(place, own, shared);
-  const float factor = 1 / sqrtf(all.sum / float(width) + epsilon);
-  const float scale = range_scale(all.largest * factor);
+__device__ __forceinline__ void store_row(const ClusterPlace& place, const Row<kTiles>& x,
+                                          const Row<kTiles>& weight, float factor, float scale,
+                                          uint32_t width, const ScaledRows& normed, uint32_t row) {
   const float inverse_scale = 1 / scale;
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     float values[kLaneValues];
@@ -196,6 +195,26 @@ __device__ __forceinline__ void store_normed(const ClusterPlace& place, const Ro
     store_activations(normed.rows, row, column, values);
   });
   if (place.rank == 0 && threadIdx.x == 0) normed.scales[row] = scale;
+}
+
+// normed = norm(x)
+template <int kTiles>
+__device__ __forceinline__ void store_normed(const ClusterPlace& place, const Row<kTiles>& x,
+                                             const Row<kTiles>& weight, float epsilon,
+                                             uint32_t width, const ScaledRows& normed, uint32_t row,
+                                             ReduceShared<RowFacts<1, 1>>& shared) {
+  RowFacts<1, 1> own = {};
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t) {
+#pragma unroll
+    for (uint32_t j = 0; j < kLaneValues; ++j) {
+      const float value = x.values[i][j];
+      own.values[0] += value * value;
+      own.values[1] = fmaxf(own.values[1], fabsf(value * weight.values[i][j]));
+    }
+  });
+  const auto [squares, largest] = reduce_row(place, own, shared).values;
+  const float factor = 1 / sqrtf(squares / float(width) + epsilon);
+  store_row(place, x, weight, factor, range_scale(largest * factor), width, normed, row);
 }
 
 // A norm's weights for the lane's pieces: constants, to be loaded before the wait for the kernel in

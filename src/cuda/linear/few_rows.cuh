@@ -199,9 +199,15 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
       next += args.column_tiles - column_tiles;
     }
   };
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) ask(i);
+  // One stage at a time: all at once they would keep the small kernel in front of this one, whose
+  // few loads wait behind them, from its data for 5 us.
+  ask(0);
   ptx::launch_dependents();
+#pragma unroll
+  for (int i = 1; i < kStages; ++i) {
+    if (begin + i - 1 < end) ring.wait(i - 1, 0);
+    ask(i);
+  }
   if (lane == 0 && asked < end && launch.prefetch_tiles > 0) {
     const uint32_t tiles = min(end - asked, chunks == 1 ? launch.prefetch_tiles : 1);
     ptx::prefetch(next, tiles * uint32_t(sizeof(Layout)));
