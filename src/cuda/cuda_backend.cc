@@ -169,6 +169,7 @@ class CudaBackend final : public Backend {
   DeviceArray<uint16_t> blocked_values_;  // activations as matrix-matrix kernels read them
   DeviceArray<std::byte> shared_tiles_;   // of matrix-matrix kernels; grows when it is used
   DeviceArray<std::byte> attention_workspace_;
+  DeviceArray<SplitPart> split_parts_;
   PinnedTokens sampled_;  // [ubatch]: the device writes there
   uint64_t workspace_bytes_ = 0;
 
@@ -306,6 +307,9 @@ void CudaBackend::reserve_workspace() {
   logits_ = DeviceArray<float>(uint64_t{kMostRows} * plan_.vocabulary);
   for (const auto* floats : {&residual_, &parts_, &summed_, &ones_, &logits_})
     workspace_bytes_ += floats->size() * sizeof(float);
+  split_parts_ = DeviceArray<SplitPart>(most_split_parts(device_shape_.multiprocessors));
+  NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
+  workspace_bytes_ += split_parts_.size() * sizeof(SplitPart);
   void* sampled;
   NIBBLE_CUDA(cudaMallocHost(&sampled, ubatch * sizeof(int32_t)));
   sampled_.reset(static_cast<int32_t*>(sampled));
@@ -427,6 +431,7 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
                               .parts = product.sums.parts,
                               .stride = product.sums.stride,
                               .workspace = attention_workspace_.data(),
+                              .split_parts = split_parts_.data(),
                               .output = inner(layer.shape.query_width(), rows()).rows};
   timed(layer.window == 0 ? "attention, full" : "attention, window", 0,
         [&] { launch_attention(stream_.handle, layer, launch, args); });
@@ -597,7 +602,7 @@ void CudaBackend::grow_attention_workspace() {
   for (const auto& [step, layer] : attention_) {
     const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
                                                     rows(), inputs_.shape().single_rows);
-    bytes = std::max(bytes, attention_workspace(layer.shape, launch).bytes);
+    bytes = std::max(bytes, attention_workspace_bytes(layer.shape, launch));
   }
   if (bytes <= attention_workspace_.size()) return;
   graphs_.clear();

@@ -22,18 +22,8 @@ void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
     fail(ErrorCode::kUnsupported, "KV format {}: CUDA has f16; use --kv f16",
          backend::to_string(layer.format));
 
-  char* const workspace = static_cast<char*>(step.workspace);
-  const AttentionWorkspace at = attention_workspace(shape, launch);
-  const AttentionKernelArgs args = {layer,
-                                    launch,
-                                    step,
-                                    reinterpret_cast<float2*>(workspace + at.statistics),
-                                    reinterpret_cast<float*>(workspace + at.partials),
-                                    reinterpret_cast<__half*>(workspace + at.queries)};
-  if (launch.single_rows > 0) {
-    launch_decode_f16(stream, args);
-    launch_merge(stream, args);
-  }
+  const AttentionKernelArgs args = {layer, launch, step, static_cast<__half*>(step.workspace)};
+  if (launch.single_rows > 0) launch_decode_f16(stream, args);
   if (launch.rows > launch.single_rows) {
     launch_store_f16(stream, args);
     launch_prefill_f16(stream, args);

@@ -60,12 +60,16 @@ struct AttentionArgs {
   uint32_t parts;
   uint32_t stride;
 
-  void* workspace;        // attention_workspace().bytes; all layers may share it
+  // All layers may share these. All bits of the parts are one before the first launch, and each
+  // launch leaves them so.
+  void* workspace;         // attention_workspace_bytes()
+  SplitPart* split_parts;  // most_split_parts()
+
   ActivationRows output;  // [rows, query_width]
 };
 
-// Starts the kernels: one for single rows and one that merges their splits; one that stores the
-// other rows' queries, keys and values and one that attends. Other rows of one sequence stand
+// Starts the kernels: one for single rows; one that stores the other rows' queries, keys and values
+// and one that attends. Other rows of one sequence stand
 // together, at consecutive positions. Pages of earlier steps are read before the kernel in front
 // has ended: no kernel of the same step may write them. Throws Error(kUnsupported) for a head_dim
 // or format without a kernel.

@@ -12,17 +12,14 @@ AttentionLaunch choose_attention(uint32_t multiprocessors, const backend::Attent
   return {rows, single_rows, blocks == 0 ? 1 : std::max(1u, multiprocessors / blocks)};
 }
 
-AttentionWorkspace attention_workspace(const backend::AttentionShape& shape,
-                                       const AttentionLaunch& launch) {
-  constexpr uint64_t kAlign = 256;
-  const auto aligned = [](uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
-  const uint64_t parts = uint64_t(launch.single_rows) * shape.query_heads * launch.splits;
-  AttentionWorkspace at;
-  at.statistics = 0;
-  at.partials = aligned(parts * 8);
-  at.queries = at.partials + aligned(parts * shape.head_dim * 4);
-  at.bytes = at.queries + uint64_t(launch.rows - launch.single_rows) * shape.query_width() * 2;
-  return at;
+uint64_t most_split_parts(uint32_t multiprocessors) {
+  constexpr uint64_t kMostHeadDim = 512;
+  return multiprocessors * kQueryColumns * (kMostHeadDim / kPartColumns);
+}
+
+uint64_t attention_workspace_bytes(const backend::AttentionShape& shape,
+                                   const AttentionLaunch& launch) {
+  return uint64_t(launch.rows - launch.single_rows) * shape.query_width() * 2;
 }
 
 }  // namespace nibble::cuda

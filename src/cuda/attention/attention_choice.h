@@ -23,18 +23,25 @@ struct AttentionLaunch {
   uint32_t splits;
 };
 
-// One block a multiprocessor, whatever the length of the sequences.
+// One block a multiprocessor, whatever the length of the sequences. Where keys are split there is
+// no more than that: the blocks wait for each other.
 AttentionLaunch choose_attention(uint32_t multiprocessors, const backend::AttentionShape& shape,
                                  uint32_t rows, uint32_t single_rows);
 
-// Where the parts of the workspace begin, and where it ends. Pure, so that host and kernels agree.
-struct AttentionWorkspace {
-  uint64_t statistics;  // float2 [single_rows, query_heads, splits]: largest score, sum
-  uint64_t partials;    // float [single_rows, query_heads, splits, head_dim]
-  uint64_t queries;     // f16 [rows - single_rows, query_heads, head_dim]
-  uint64_t bytes;
+// What a block found for one query and 32 columns, to be merged with other splits' (merge.cuh).
+inline constexpr uint32_t kPartColumns = 32;
+struct alignas(16) SplitPart {
+  float values[kPartColumns];  // sums of weighted values, weights relative to `largest`
+  float largest, sum;          // score, of the weights
+  float unused[2];
 };
-AttentionWorkspace attention_workspace(const backend::AttentionShape& shape,
-                                       const AttentionLaunch& launch);
+static_assert(sizeof(SplitPart) == 144);
+
+// Parts that any launch of choose_attention() can need.
+uint64_t most_split_parts(uint32_t multiprocessors);
+
+// Bytes of the workspace: f16 queries [rows - single_rows, query_heads, head_dim].
+uint64_t attention_workspace_bytes(const backend::AttentionShape& shape,
+                                   const AttentionLaunch& launch);
 
 }  // namespace nibble::cuda

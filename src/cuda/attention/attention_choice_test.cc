@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace nibble::cuda {
 namespace {
 
@@ -24,13 +26,23 @@ TEST(AttentionChoice, QueryHeadsBeyondOneInstructionTakeBlocksOfTheirOwn) {
   EXPECT_EQ(choose_attention(132, {9, 1, 128}, 1, 1).splits, 66u);
 }
 
-TEST(AttentionChoice, WorkspaceHoldsSplitsAndQueriesApart) {
-  const AttentionLaunch launch{5, 2, 33};
-  const AttentionWorkspace at = attention_workspace(kFull, launch);
-  EXPECT_GE(at.partials, at.statistics + 2 * 32 * 33 * 8);
-  EXPECT_GE(at.queries, at.partials + 2 * 32 * 33 * 512 * 4);
-  EXPECT_EQ(at.bytes, at.queries + 3 * 32 * 512 * 2);
-  EXPECT_EQ(at.partials % 16 + at.queries % 16, 0u);
+TEST(AttentionChoice, BlocksThatWaitForEachOtherAreResidentTogether) {
+  for (const uint32_t multiprocessors : {1u, 20u, 84u, 132u}) {
+    for (uint32_t rows = 1; rows <= 64; ++rows) {
+      for (const backend::AttentionShape& shape :
+           {kSliding, kFull, backend::AttentionShape{64, 1, 64}}) {
+        const AttentionLaunch launch = choose_attention(multiprocessors, shape, rows, rows);
+        const uint32_t groups = std::max(1u, shape.query_heads / shape.kv_heads / kQueryColumns);
+        const uint32_t blocks = rows * shape.kv_heads * groups * launch.splits;
+        EXPECT_TRUE(launch.splits == 1 || blocks <= multiprocessors);
+      }
+    }
+  }
+}
+
+TEST(AttentionChoice, WorkspaceHoldsQueriesOfRowsThatAreNotSingle) {
+  EXPECT_EQ(attention_workspace_bytes(kFull, {5, 2, 33}), 3 * 32 * 512 * 2u);
+  EXPECT_EQ(attention_workspace_bytes(kFull, {2, 2, 33}), 0u);
 }
 
 }  // namespace

@@ -54,7 +54,9 @@ class Step {
     column_tiles_ = (shape.query_width() + kTileColumns - 1) / kTileColumns;
     values_ = DeviceArray<uint16_t>(places_.size() * column_tiles_ * kTileColumns);
     means_ = DeviceArray<ActivationMeans>(places_.size() * column_tiles_);
-    workspace_ = DeviceArray<char>(attention_workspace(shape, launch_).bytes);
+    workspace_ = DeviceArray<char>(attention_workspace_bytes(shape, launch_));
+    split_parts_ = DeviceArray<SplitPart>(most_split_parts(multiprocessors));
+    NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   }
 
   void run(cudaStream_t stream) {
@@ -83,6 +85,7 @@ class Step {
     args.parts = parts_of_sums_;
     args.stride = stride_;
     args.workspace = workspace_.data();
+    args.split_parts = split_parts_.data();
     args.output = {values_.data(), means_.data(), uint32_t(places_.size()), column_tiles_};
     launch_attention(stream, layer, launch_, args);
   }
@@ -98,6 +101,7 @@ class Step {
     expect_pages(stored, expected_pool);
     pool_ = expected_pool;
     for (uint32_t row = 0; row < places_.size(); ++row) expect_row(row, bits, means);
+    expect_parts_unwritten();
   }
 
  private:
@@ -277,6 +281,13 @@ class Step {
     return result;
   }
 
+  void expect_parts_unwritten() const {
+    std::vector<SplitPart> parts = split_parts_.download();
+    const auto* words = reinterpret_cast<const uint32_t*>(parts.data());
+    EXPECT_TRUE(std::all_of(words, words + parts.size() * sizeof(SplitPart) / 4,
+                            [](uint32_t word) { return word == ~0u; }));
+  }
+
   void expect_row(uint32_t row, const std::vector<uint16_t>& bits,
                   const std::vector<ActivationMeans>& means) const {
     const uint32_t first = row / kMostRows * kMostRows;
@@ -323,6 +334,7 @@ class Step {
   DeviceArray<ActivationMeans> means_;
   DeviceArray<float> device_sums_, device_query_norm_, device_key_norm_, device_frequencies_;
   DeviceArray<char> workspace_;
+  DeviceArray<SplitPart> split_parts_;
 };
 
 void expect_right(const Layer& layer, const std::vector<Part>& parts) {

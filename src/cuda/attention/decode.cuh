@@ -7,21 +7,26 @@
 // since only the row's own key depends on that. Scores are a transposed product, keys x queries, so
 // that eight query heads fill the columns of a matrix instruction and each key is read from shared
 // memory once; so are the results, head_dim x queries. Softmax is online, per warp; the warps'
-// results meet at the end, the blocks' in the merge kernel.
+// results meet at the end, then the blocks' (merge.cuh).
 
 #include <cmath>
 
 #include "cuda/attention/heads.cuh"
 #include "cuda/attention/keys.cuh"
 #include "cuda/attention/kv_f16.cuh"
+#include "cuda/attention/merge.cuh"
 #include "cuda/runtime.h"
 
 namespace nibble::cuda {
 
-// Warps of a block: as many as have room for their tiles in shared memory. For head_dim 512 that
-// leaves registers for blocks of the merge kernel.
+// Warps of a block: as many as have room for their tiles in shared memory.
 template <class Kv>
 inline constexpr uint32_t kDecodeWarps = Kv::kHeadDim <= 256 ? 8 : 6;
+
+// Splits that a lane merges at a time. The largest heads come with the fewest KV heads and so with
+// the most splits.
+template <class Kv>
+inline constexpr uint32_t kMergeBatch = Kv::kHeadDim <= 256 ? 2 : 9;
 
 // Dynamic shared memory: per warp a tile of keys and one of values, where its results stand at the
 // end; then the queries, the row's own key and value, the warps' statistics, and RoPE's turns.
@@ -46,25 +51,22 @@ struct DecodeShared {
   }
 };
 
-// Which part of the work a block has.
+// Which part of the work a block has. The grid is [splits, KV heads x groups of their queries,
+// rows].
 struct DecodeBlock {
   uint32_t row, kv_head, first_query, queries, split;
+  bool leads_kv_head;  // has the first of its queries
+  uint32_t index;      // among the blocks of this split
 
-  __device__ DecodeBlock(const AttentionKernelArgs& args, uint32_t index) {
-    const backend::AttentionShape& shape = args.layer.shape;
+  __device__ explicit DecodeBlock(const backend::AttentionShape& shape)
+      : row(blockIdx.z), split(blockIdx.x), index(blockIdx.z * gridDim.y + blockIdx.y) {
     const uint32_t ratio = shape.query_heads / shape.kv_heads;
-    const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
-    split = index % args.launch.splits;
-    index /= args.launch.splits;
-    const uint32_t group = index % groups;
-    index /= groups;
-    kv_head = index % shape.kv_heads;
-    row = index / shape.kv_heads;
+    const uint32_t groups = gridDim.y / shape.kv_heads;
+    kv_head = blockIdx.y / groups;
+    const uint32_t group = blockIdx.y % groups;
     first_query = kv_head * ratio + group * kQueryColumns;
     queries = min(ratio - group * kQueryColumns, kQueryColumns);
-  }
-  __device__ bool leads_kv_head(const backend::AttentionShape& shape) const {
-    return first_query % (shape.query_heads / shape.kv_heads) == 0;
+    leads_kv_head = group == 0;
   }
 };
 
@@ -217,7 +219,7 @@ __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const Decode
     }
     const bool is_key = index == block.queries;
     heads[i].store(shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0);
-    if (!block.leads_kv_head(layer.shape)) continue;
+    if (!block.leads_kv_head) continue;
     const uint64_t page =
         page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
     const uint64_t offset = is_key ? layer.key_offset : layer.value_offset;
@@ -226,7 +228,8 @@ __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const Decode
 }
 
 // The block's queries to shared memory; where the block has the row's own position, also its key
-// and value, there and to their page. Unused query columns are zero.
+// and value, there and to their page. Unused query columns are zero. The turns lie in shared memory
+// before a barrier.
 template <class Kv>
 __device__ void prepare_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
                               RowPlace place, bool owns_position, char* shared) {
@@ -234,7 +237,6 @@ __device__ void prepare_heads(const AttentionKernelArgs& args, const DecodeBlock
   static_assert(kQueryColumns + 2 <= 2 * kDecodeWarps<Kv>);
   const uint32_t warp = threadIdx.x / kLanes;
   const uint32_t count = block.queries + (owns_position ? 2 : 0);
-  compute_turns<Kv::kHeadDim>(args.layer, place.position, Shared::turns(shared));
   for (uint32_t i = block.queries * Kv::kChunks + threadIdx.x; i < kQueryColumns * Kv::kChunks;
        i += blockDim.x)
     reinterpret_cast<uint4*>(shared + Shared::kQueries)[i] = {};
@@ -257,10 +259,11 @@ __device__ __forceinline__ void insert_row(const char* from, char* tile, uint32_
   __syncwarp();
 }
 
-// The results of the first `warps` warps, those with tiles, to one partial result of the block.
+// Adds up the results of the first `warps` warps, those with tiles, and merges them with those of
+// the other blocks of the row and KV head, `used` in all.
 template <class Kv>
-__device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock& block,
-                              uint32_t warps, DecodeState<Kv>& state, char* shared) {
+__device__ void combine(const AttentionKernelArgs& args, const DecodeBlock& block, uint32_t warps,
+                        uint32_t used, DecodeState<Kv>& state, char* shared) {
   using Shared = DecodeShared<Kv>;
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const uint32_t group = lane / 4, query = lane % 4 * 2;
@@ -277,14 +280,17 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
     }
   }
   __syncthreads();
+  const auto largest_of = [&](uint32_t q) {
+    float largest = all_largest[q];
+    for (uint32_t w = 1; w < warps; ++w)
+      largest = fmaxf(largest, all_largest[w * kQueryColumns + q]);
+    return largest;
+  };
   if (has_tiles) {
     float shrink[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float largest = all_largest[query + i];
-      for (uint32_t w = 1; w < warps; ++w)
-        largest = fmaxf(largest, all_largest[w * kQueryColumns + query + i]);
-      shrink[i] = exp2f(state.largest[i] - largest);
+      shrink[i] = exp2f(state.largest[i] - largest_of(query + i));
       if (group == 0) all_sums[warp * kQueryColumns + query + i] = state.sums[i] * shrink[i];
     }
     float* const results = reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes);
@@ -300,30 +306,40 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
   }
   __syncthreads();
 
-  const auto part = [&](uint32_t q) {
-    return (uint64_t(block.row) * args.layer.shape.query_heads + block.first_query + q) *
-               args.launch.splits +
-           block.split;
-  };
+  constexpr uint32_t kParts = Kv::kHeadDim / kPartColumns;  // of a query
+  const uint32_t splits = args.launch.splits;
+  SplitPart* const parts =
+      args.step.split_parts + uint64_t(block.index) * splits * kQueryColumns * kParts;
+  const uint32_t first_column = block.first_query * Kv::kHeadDim;
   constexpr uint32_t kQuads = Kv::kHeadDim / 4;
   for (uint32_t i = threadIdx.x; i < block.queries * kQuads; i += blockDim.x) {
-    const uint32_t q = i / kQuads, quad = i % kQuads;
-    float4 sum = {};
+    const uint32_t q = i / kQuads, part = i / kPartQuads, quad = i % kPartQuads;
+    float4 values = {};
+    float sum = 0;
 #pragma unroll 4
     for (uint32_t w = 0; w < warps; ++w) {
       const float4 add = *reinterpret_cast<const float4*>(
-          shared + w * 2 * Shared::kTileBytes + (q * Shared::kResultStride + 4 * quad) * 4);
-      sum = {sum.x + add.x, sum.y + add.y, sum.z + add.z, sum.w + add.w};
+          shared + w * 2 * Shared::kTileBytes + (q * Shared::kResultStride + i % kQuads * 4) * 4);
+      values = {values.x + add.x, values.y + add.y, values.z + add.z, values.w + add.w};
+      sum += all_sums[w * kQueryColumns + q];
     }
-    reinterpret_cast<float4*>(args.partials)[part(q) * kQuads + quad] = sum;
+    if (used == 1) {
+      const float scale = 1.0f / sum;
+      store_quads(args.step.output, block.row, first_column + part * kPartColumns,
+                  {values.x * scale, values.y * scale, values.z * scale, values.w * scale});
+      continue;
+    }
+    SplitPart& to = parts[part * splits + block.split];
+    ptx::store_relaxed(to.values + 4 * quad, values);
+    if (quad == 0) ptx::store_relaxed(&to.largest, {largest_of(q), sum, 0, 0});
   }
-  if (threadIdx.x < block.queries) {
-    float largest = -INFINITY, sum = 0;
-    for (uint32_t w = 0; w < warps; ++w) {
-      largest = fmaxf(largest, all_largest[w * kQueryColumns + threadIdx.x]);
-      sum += all_sums[w * kQueryColumns + threadIdx.x];
-    }
-    args.statistics[part(threadIdx.x)] = {largest, sum};
+  if (used == 1) return;
+
+  for (uint32_t part = block.split + warp * used; part < block.queries * kParts;
+       part += kDecodeWarps<Kv> * used) {
+    const float4 merged = merge_parts<kMergeBatch<Kv>>(parts + part * splits, used, lane);
+    if (lane < kPartQuads)
+      store_quads(args.step.output, block.row, first_column + part * kPartColumns, merged);
   }
 }
 
@@ -333,8 +349,9 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
   using Shared = DecodeShared<Kv>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const DecodeBlock block(args, blockIdx.x);
+  const DecodeBlock block(args.layer.shape);
   const RowPlace place = args.step.places[block.row];
+  const Turns<Kv::kHeadDim, kDecodeWarps<Kv> * kLanes> turns(args.layer);
   const VisibleKeys keys(place.position, args.layer.window);
   const uint32_t begin = keys.split_begin(block.split, args.launch.splits);
   const uint32_t end = keys.split_begin(block.split + 1, args.launch.splits);
@@ -354,6 +371,7 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
   };
   const uint32_t first_tile = begin + warp;
   look_up(first_tile);
+  turns.compute(place.position, Shared::turns(shared));  // while the addresses come
   ask(key_address, args.layer.key_offset, first_tile);
   ask(value_address, args.layer.value_offset, first_tile);
   look_up(first_tile + Shared::kWarps);
@@ -386,7 +404,8 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
     ask(value_address, args.layer.value_offset, tile + Shared::kWarps);
     look_up(tile + 2 * Shared::kWarps);
   }
-  combine_warps<Kv>(args, block, min(end - begin, Shared::kWarps), state, shared);
+  combine<Kv>(args, block, min(end - begin, Shared::kWarps), keys.used_splits(args.launch.splits),
+              state, shared);
 }
 
 template <class Kv>
@@ -398,7 +417,7 @@ void launch_decode(cudaStream_t stream, const AttentionKernelArgs& args) {
   const uint32_t ratio = shape.query_heads / shape.kv_heads;
   const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
   launch_dependent(stream, decode_kernel<Kv>,
-                   args.launch.single_rows * shape.kv_heads * groups * args.launch.splits,
+                   dim3(args.launch.splits, shape.kv_heads * groups, args.launch.single_rows),
                    kDecodeWarps<Kv> * kLanes, kBytes, args);
 }
 

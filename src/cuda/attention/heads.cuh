@@ -8,18 +8,38 @@ namespace nibble::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Cosines and sines of a row's position, the same for all its heads: computed once by the whole
-// block, in shared memory. A barrier must follow.
-template <int kHeadDim>
-__device__ void compute_turns(const AttentionLayer& layer, uint32_t position,
-                              float2 (&turns)[kHeadDim / 2]) {
-  for (uint32_t i = threadIdx.x; i < kHeadDim / 2; i += blockDim.x) {
-    const float frequency = layer.inverse_frequencies[i];
-    float2 turn = {1, 0};
-    if (frequency != 0) sincosf(float(position) * frequency, &turn.y, &turn.x);
-    turns[i] = turn;
+// Cosines and sines of a row's position, the same for all its heads: computed once by the block's
+// kThreads threads.
+template <int kHeadDim, uint32_t kThreads>
+class Turns {
+  static constexpr uint32_t kEach = (kHeadDim / 2 + kThreads - 1) / kThreads;
+
+ public:
+  // Asks for the frequencies, which don't depend on the position.
+  __device__ explicit Turns(const AttentionLayer& layer) {
+#pragma unroll
+    for (uint32_t i = 0; i < kEach; ++i) {
+      const uint32_t pair = i * kThreads + threadIdx.x;
+      frequencies_[i] = pair < kHeadDim / 2 ? layer.inverse_frequencies[pair] : 0;
+    }
   }
-}
+
+  // To shared memory; a barrier must follow.
+  __device__ void compute(uint32_t position, float2 (&turns)[kHeadDim / 2]) const {
+#pragma unroll 1  // code that runs once is slower to fetch than to run
+    for (uint32_t i = 0; i < kEach; ++i) {
+      const uint32_t pair = i * kThreads + threadIdx.x;
+      float2 turn = {1, 0};
+      const float frequency = i == 0 ? frequencies_[0] : frequencies_[kEach - 1];
+      if (frequency != 0) sincosf(float(position) * frequency, &turn.y, &turn.x);
+      if (pair < kHeadDim / 2) turns[pair] = turn;
+    }
+  }
+
+ private:
+  static_assert(kEach <= 2);
+  float frequencies_[kEach];
+};
 
 enum class HeadKind { kQuery, kKey, kValue };
 

@@ -11,15 +11,11 @@ struct AttentionKernelArgs {
   AttentionLayer layer;
   AttentionLaunch launch;
   AttentionArgs step;
-  float2* statistics;  // parts of the workspace, shapes as AttentionWorkspace says
-  float* partials;
-  __half* queries;
+  __half* queries;  // the workspace
 };
 
-// Single rows: partial results of every split. For one format, instances by head_dim.
+// Single rows. For one format, instances by head_dim.
 void launch_decode_f16(cudaStream_t stream, const AttentionKernelArgs& args);
-// Single rows: partial results to activations.
-void launch_merge(cudaStream_t stream, const AttentionKernelArgs& args);
 // The other rows: queries to the workspace, keys and values to their pages; then attention.
 void launch_store_f16(cudaStream_t stream, const AttentionKernelArgs& args);
 void launch_prefill_f16(cudaStream_t stream, const AttentionKernelArgs& args);

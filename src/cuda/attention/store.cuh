@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kStoreWarps* kLanes)
   const RowPlace place = args.step.places[row];
   const uint64_t page =
       page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
-  compute_turns<Kv::kHeadDim>(layer, place.position, turns);
+  Turns<Kv::kHeadDim, kStoreWarps * kLanes>(layer).compute(place.position, turns);
   __syncthreads();
   ptx::wait_for_dependencies();
 
