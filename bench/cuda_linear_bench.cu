@@ -237,7 +237,7 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   args.output_stride = matrix.rows;
 
   const auto start = [&](cudaStream_t stream, int i) {
-    args.weights[0].tiles = matrix.copies[i % matrix.copies.size()];
+    args.weights[0].data = matrix.copies[i % matrix.copies.size()];
     launch_few_rows(stream, layout_id<Layout>(), {}, args, launch);
   };
   start(nullptr, 0);

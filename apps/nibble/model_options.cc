@@ -79,8 +79,12 @@ void ModelOptions::add_to(CLI::App& command) {
   command.add_option("--device", device, "Which device of that backend")
       ->type_name("N")
       ->group(kGroup);
-  command.add_option("--weights", weights, "Layout of the weights: auto, direct (as in the file)")
-      ->check(CLI::IsMember({"auto", "direct"}).description(""))
+  command
+      .add_option(
+          "--weights", weights,
+          "How weights are kept: auto (the faster), direct (as in the file), packed (in the "
+          "backend's own layout)")
+      ->check(CLI::IsMember({"auto", "direct", "packed"}).description(""))
       ->type_name("LAYOUT")
       ->group(kGroup);
   command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f32, f16")
@@ -111,6 +115,8 @@ engine::EngineOptions ModelOptions::engine_options() const {
   engine::EngineOptions options;
   options.backend = backend;
   options.kv_format = parse_kv(kv);
+  if (weights == "direct") options.weights = backend::WeightStorage::kDirect;
+  if (weights == "packed") options.weights = backend::WeightStorage::kPacked;
   options.context = context;
   options.threads = threads;
   options.ubatch = ubatch;

@@ -41,8 +41,9 @@ struct BatchResult {
 
 struct BackendOptions {
   KvOptions kv;
-  uint32_t ubatch = 512;  // most tokens in one batch
-  uint32_t threads = 0;   // 0: one per core
+  WeightStorage weights = WeightStorage::kPacked;  // one that the backend has
+  uint32_t ubatch = 512;                           // most tokens in one batch
+  uint32_t threads = 0;                            // 0: one per core
   uint32_t device = 0;
   std::vector<uint32_t> max_kv_pages;  // per group of make_kv_groups(plan, kv)
   bool graphs = true;  // replay captured steps where the device can; the results are the same

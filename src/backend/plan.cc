@@ -4,6 +4,10 @@
 
 namespace nibble::backend {
 
+std::string_view to_string(WeightStorage storage) {
+  return storage == WeightStorage::kDirect ? "direct" : "packed";
+}
+
 uint32_t Weight::rows() const {
   uint32_t total = 0;
   for (const WeightSegment& segment : segments) total += segment.rows;

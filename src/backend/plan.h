@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -30,6 +31,10 @@ struct WeightSegment {
   std::span<const std::byte> data;  // rows * row_bytes(type, columns), unless packed
   bool packed = false;              // `data` is in the layout of the backend that it was packed for
 };
+
+// How a backend keeps weights: as GGUF's blocks, or in a layout of its own with the same values.
+enum class WeightStorage { kDirect, kPacked };
+std::string_view to_string(WeightStorage storage);  // "direct", "packed"
 
 // A matrix, possibly fused from several tensors (q+k+v, gate+up): its rows are its segments' rows,
 // one after the other, and each segment keeps its own type.

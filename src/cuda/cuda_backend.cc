@@ -10,9 +10,11 @@
 #include <variant>
 #include <vector>
 
+#include "base/checked_math.h"
 #include "base/error.h"
 #include "cuda/attention/attention.h"
 #include "cuda/elementwise/elementwise.h"
+#include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_few_rows.h"
 #include "cuda/linear/launch_many_rows.h"
 #include "cuda/memory/device_kv_store.h"
@@ -106,6 +108,8 @@ class CudaBackend final : public Backend {
   Sums multiply_few(WeightId weight, const ActivationRows& input);
   // Of more rows, into summed_.
   void multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
+  // The matrix as tiles: in tiles_ those parts that are stored as blocks.
+  std::vector<MatrixPart> packed_parts(const DeviceMatrix& matrix);
   std::vector<LinearCall> linear_calls(WeightId weight, uint32_t rows) const;
   Product add_up(const Product& product);
   // The residual takes up a product; the norm of the step after `index` comes along.
@@ -168,6 +172,7 @@ class CudaBackend final : public Backend {
   DeviceArray<float> normed_scales_, inner_scales_;
   DeviceArray<uint16_t> blocked_values_;  // activations as matrix-matrix kernels read them
   DeviceArray<std::byte> shared_tiles_;   // of matrix-matrix kernels; grows when it is used
+  DeviceArray<std::byte> tiles_;  // what is packed while a step runs, where weights are blocks
   DeviceArray<std::byte> attention_workspace_;
   DeviceArray<SplitPart> split_parts_;
   PinnedTokens sampled_;  // [ubatch]: the device writes there
@@ -186,9 +191,21 @@ DeviceInfo select(uint32_t device) {
   return device_info(device);
 }
 
+constexpr uint64_t kTileAlignment = 256;
+
+uint64_t packed_bytes(const DeviceMatrix& matrix) {
+  uint64_t bytes = 0;
+  for (const MatrixPart& part : matrix.parts) {
+    for (uint32_t i = 0; i < 2 && part.rows[i].rows > 0; ++i)
+      bytes +=
+          round_up(packed_bytes(part.layout(i), part.rows[i].rows, matrix.columns), kTileAlignment);
+  }
+  return bytes;
+}
+
 // Says what is missing before anything is loaded.
-const Plan& require_memory(const Plan& plan, const DeviceInfo& device) {
-  const uint64_t needed = packed_bytes(plan);
+const Plan& require_memory(const Plan& plan, WeightStorage storage, const DeviceInfo& device) {
+  const uint64_t needed = stored_bytes(plan, storage);
   if (needed > device.free_bytes) {
     fail(ErrorCode::kOutOfMemory,
          "{} has {} bytes ({:.2f} GiB) free, but the weights alone need {} ({:.2f} GiB); layers "
@@ -203,7 +220,7 @@ CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const 
     : plan_(plan),
       options_(options),
       device_(select(options.device)),
-      weights_(require_memory(plan, device_), progress),
+      weights_(require_memory(plan, options.weights, device_), options.weights, progress),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
   int shared_bytes;
@@ -261,7 +278,7 @@ void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend
 
 void CudaBackend::reserve_workspace() {
   const uint64_t ubatch = options_.ubatch;
-  uint64_t part_floats = 0, summed_width = 0;
+  uint64_t part_floats = 0, summed_width = 0, tile_bytes = 0;
   uint32_t inner_width = 0;
   const auto reserve = [&](WeightId id, bool all_rows) {
     const DeviceMatrix& matrix = weights_.matrix(id);
@@ -270,9 +287,14 @@ void CudaBackend::reserve_workspace() {
         part_floats = std::max(part_floats, uint64_t(call.launch.parts()) * rows * matrix.rows);
     }
     if (all_rows) summed_width = std::max<uint64_t>(summed_width, matrix.rows);
+    if (all_rows && ubatch > kMostRows) tile_bytes = std::max(tile_bytes, packed_bytes(matrix));
   };
   for (const Step& step : plan_.steps) {
-    if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
+    if (const auto* embed = std::get_if<EmbedStep>(&step)) {
+      const DeviceMatrix& table = weights_.matrix(embed->table);
+      tile_bytes =
+          std::max(tile_bytes, packed_bytes(table.parts[0].first, uint32_t(ubatch), table.columns));
+    } else if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
       reserve(qkv->qkv, true);
       inner_width = std::max(inner_width, qkv->shape.query_width());
     } else if (const auto* project = std::get_if<ProjectStep>(&step)) {
@@ -310,6 +332,10 @@ void CudaBackend::reserve_workspace() {
   split_parts_ = DeviceArray<SplitPart>(most_split_parts(device_shape_.multiprocessors));
   NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   workspace_bytes_ += split_parts_.size() * sizeof(SplitPart);
+  if (options_.weights == WeightStorage::kDirect) {
+    tiles_ = DeviceArray<std::byte>(tile_bytes);
+    workspace_bytes_ += tile_bytes;
+  }
   void* sampled;
   NIBBLE_CUDA(cudaMallocHost(&sampled, ubatch * sizeof(int32_t)));
   sampled_.reset(static_cast<int32_t*>(sampled));
@@ -406,15 +432,23 @@ const RmsNorm& CudaBackend::next_norm(size_t index) const {
 std::optional<ValueId> CudaBackend::run_step(const EmbedStep& step, size_t index) {
   const DeviceMatrix& table = weights_.matrix(step.table);
   NIBBLE_CHECK(table.parts.size() == 1 && !table.parts[0].second);
-  const EmbedArgs args = {.tiles = table.parts[0].rows[0].tiles,
+  const WeightRows& table_rows = table.parts[0].rows[0];
+  const bool direct = table_rows.row_bytes > 0;
+  const EmbedArgs args = {.tiles = direct ? tiles_.data() : table_rows.data,
                           .layout = table.parts[0].first,
                           .width = table.columns,
-                          .tokens = inputs_.tokens(),
+                          .tokens = direct ? nullptr : inputs_.tokens(),
                           .scale = step.scale,
                           .residual = residual_.data(),
                           .norm = device_norm(next_norm(index)),
                           .normed = normed(rows())};
-  timed("embed", table.bytes / table.rows * rows(), [&] { launch_embed(stream_.handle, args); });
+  timed("embed", table.bytes / table.rows * rows(), [&] {
+    if (direct) {
+      pack_rows_on_device(stream_.handle, args.layout, table_rows.data, inputs_.tokens(), rows(),
+                          table.columns, tiles_.data());
+    }
+    launch_embed(stream_.handle, args);
+  });
   return step.output;
 }
 
@@ -527,7 +561,7 @@ std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows
     args.output_stride = matrix.rows;
     calls.push_back({&part, args,
                      choose_few_rows(device_shape_, part.first, part.rows[0].rows, part.second,
-                                     part.rows[1].rows, matrix.columns, rows)});
+                                     part.rows[1].rows, matrix.columns, rows, options_.weights)});
   }
   return calls;
 }
@@ -552,11 +586,31 @@ Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
   return sums;
 }
 
+std::vector<MatrixPart> CudaBackend::packed_parts(const DeviceMatrix& matrix) {
+  std::vector<MatrixPart> parts = matrix.parts;
+  std::byte* tiles = tiles_.data();
+  for (MatrixPart& part : parts) {
+    for (uint32_t i = 0; i < 2; ++i) {
+      WeightRows& rows = part.rows[i];
+      if (rows.row_bytes == 0) continue;
+      pack_rows_on_device(stream_.handle, part.layout(i), rows.data, nullptr, rows.rows,
+                          matrix.columns, tiles);
+      rows.data = tiles;
+      rows.row_bytes = 0;
+      tiles += round_up(packed_bytes(part.layout(i), rows.rows, matrix.columns), kTileAlignment);
+    }
+  }
+  return parts;
+}
+
 void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& input) {
   const uint32_t rows = input.rows.rows;
+  // Before the activations: their kernel waits for what is packed here, and the products, which
+  // don't wait for their weights, for nothing but that kernel.
+  const std::vector<MatrixPart> parts = packed_parts(matrix);
   const ActivationBlocks blocks = {blocked_values_.data(), rows, input.rows.column_tiles};
   launch_block_activations(stream_.handle, input.rows, blocks);
-  const auto launch_rows = [&](LayoutId layout, const PackedRows& weights) {
+  const auto launch_rows = [&](LayoutId layout, const WeightRows& weights) {
     if (weights.rows == 0) return;
     const ManyRowsLaunch launch = choose_many_rows(device_shape_, matrix_unit(device_.major),
                                                    layout, weights.rows, matrix.columns, rows);
@@ -569,7 +623,7 @@ void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& in
         stream_.handle, layout,
         {weights, blocks, input.scales, summed_.data(), matrix.rows, shared_tiles_.data()}, launch);
   };
-  for (const MatrixPart& part : matrix.parts) {
+  for (const MatrixPart& part : parts) {
     launch_rows(part.first, part.rows[0]);
     if (part.second) launch_rows(*part.second, part.rows[1]);
   }
@@ -634,10 +688,10 @@ DeviceInfo device_info(uint32_t device) {
           .free_bytes = free};
 }
 
-uint64_t free_bytes_for(const Plan& plan, uint32_t device) {
+uint64_t free_bytes_for(const Plan& plan, WeightStorage storage, uint32_t device) {
   const uint64_t free = select(device).free_bytes;
-  const uint64_t packed = packed_bytes(plan), in_file = plan.weight_bytes();
-  const uint64_t more = packed > in_file ? packed - in_file : 0;
+  const uint64_t stored = stored_bytes(plan, storage), in_file = plan.weight_bytes();
+  const uint64_t more = stored > in_file ? stored - in_file : 0;
   return free > more ? free - more : 0;
 }
 

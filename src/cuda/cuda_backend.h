@@ -20,7 +20,7 @@ struct DeviceInfo {
 };
 DeviceInfo device_info(uint32_t device);
 
-// Runs plans on one GPU. Weights are packed into device memory, so the plan's mapping may go away
+// Runs plans on one GPU. Weights are copied to device memory, so the plan's mapping may go away
 // afterwards; the plan itself must outlive the backend. Throws Error(kOutOfMemory) before loading
 // when the device has too little memory for weights and workspace, Error(kUnsupported) for what it
 // has no kernels for: KV formats but f16, head sizes but 64, 128, 256 and 512.
@@ -28,8 +28,8 @@ std::unique_ptr<backend::Backend> make_cuda_backend(const backend::Plan& plan,
                                                     const backend::BackendOptions& options,
                                                     const Progress& progress);
 
-// Bytes of the device that are left for what engine::memory_needs() counts: packed weights may be
+// Bytes of the device that are left for what engine::memory_needs() counts: stored weights may be
 // larger than the file's.
-uint64_t free_bytes_for(const backend::Plan& plan, uint32_t device);
+uint64_t free_bytes_for(const backend::Plan& plan, backend::WeightStorage storage, uint32_t device);
 
 }  // namespace nibble::cuda

@@ -53,9 +53,11 @@ struct BackendKind {
   std::string_view name;
   std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
   uint32_t (*devices)();
-  uint64_t (*free_bytes)(const backend::Plan&, uint32_t device);
+  uint64_t (*free_bytes)(const backend::Plan&, backend::WeightStorage, uint32_t device);
   std::unique_ptr<backend::Backend> (*make)(const backend::Plan&, const backend::BackendOptions&,
                                             const Progress&);
+  // The first one where none is asked for.
+  std::vector<backend::WeightStorage> weights = {backend::WeightStorage::kDirect};
 };
 
 // One that reads weights where the file's mapping has them.
@@ -69,7 +71,7 @@ std::unique_ptr<backend::Backend> make_on_host(const backend::Plan& plan,
 uint32_t one_device() {
   return 1;
 }
-uint64_t free_host_bytes(const backend::Plan&, uint32_t) {
+uint64_t free_host_bytes(const backend::Plan&, backend::WeightStorage, uint32_t) {
   return available_memory_bytes();
 }
 
@@ -78,7 +80,12 @@ const std::vector<BackendKind>& backends() {
   using enum backend::KvFormat;
   static const std::vector<BackendKind> kinds = {
 #ifdef NIBBLE_HAS_CUDA
-      {"cuda", {kF16}, cuda::device_count, cuda::free_bytes_for, cuda::make_cuda_backend},
+      {"cuda",
+       {kF16},
+       cuda::device_count,
+       cuda::free_bytes_for,
+       cuda::make_cuda_backend,
+       {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect}},
 #endif
       {"cpu", {kF16, kF32}, one_device, free_host_bytes, make_on_host<cpu::make_cpu_backend>},
       {"reference",
@@ -123,6 +130,10 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
     fail(ErrorCode::kUnsupported, "backend '{}' has no {} KV", kind.name,
          to_string(*options.kv_format));
   }
+  if (options.weights && std::ranges::count(kind.weights, *options.weights) == 0) {
+    fail(ErrorCode::kUnsupported, "backend '{}' has no {} weights, only {} ones", kind.name,
+         to_string(*options.weights), to_string(kind.weights.front()));
+  }
 }
 
 }  // namespace
@@ -165,14 +176,21 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
          "was packed from, {}",
          path.string(), packed->backend(), kind.name, packed->source_name());
   }
+  const backend::WeightStorage weights = options.weights.value_or(kind.weights.front());
+  if (file.packed() && weights == backend::WeightStorage::kDirect) {
+    fail(ErrorCode::kUnsupported,
+         "{} is packed, but direct weights are those of a GGUF file; open {}, its source",
+         path.string(), file.packed()->source_name());
+  }
   auto parts = std::make_unique<Parts>(std::move(file));
   const SizeRequest request{.format = options.kv_format.value_or(kind.kv_formats.front()),
                             .context = options.context,
                             .sessions = options.sessions,
                             .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch};
-  Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, options.device));
+  Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, weights, options.device));
   parts->backend = kind.make(parts->plan,
                              {.kv = backend::KvOptions::all(request.format),
+                              .weights = weights,
                               .ubatch = request.ubatch,
                               .threads = options.threads,
                               .device = options.device,

@@ -24,7 +24,8 @@ class Session;
 
 struct EngineOptions {
   std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
-  std::optional<backend::KvFormat> kv_format;  // nullopt: the backend's default (f16)
+  std::optional<backend::KvFormat> kv_format;     // nullopt: the backend's default (f16)
+  std::optional<backend::WeightStorage> weights;  // nullopt: the faster one that the backend has
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve
   uint32_t threads = 0;   // 0: one per core

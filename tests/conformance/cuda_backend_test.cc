@@ -29,9 +29,10 @@ class CudaBackendTest : public testing::TestWithParam<const char*> {
     if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
     backend_ = make(true);
   }
-  std::unique_ptr<Backend> make(bool graphs) const {
+  std::unique_ptr<Backend> make(bool graphs, WeightStorage weights = WeightStorage::kPacked) const {
     BackendOptions options = model_.options(KvFormat::kF16);
     options.graphs = graphs;
+    options.weights = weights;
     return cuda::make_cuda_backend(model_.plan, options, {});
   }
 
@@ -109,6 +110,15 @@ TEST_P(CudaBackendTest, GraphsEqualDirectLaunches) {
   // Every bit of what they left: the logits that follow.
   EXPECT_TRUE(prefill(*backend_, a, tokens_.first(3), 3) ==
               prefill(*direct, b, tokens_.first(3), 3));
+}
+
+TEST_P(CudaBackendTest, DirectWeightsGiveTheSameBits) {
+  const auto direct = make(true, WeightStorage::kDirect);
+  EXPECT_LE(direct->memory().weights_bytes, backend_->memory().weights_bytes);
+  for (const size_t chunk : {size_t{kUbatch}, size_t{7}, size_t{1}}) {
+    EXPECT_TRUE(prefill_fresh(*direct, tokens_, chunk) == prefill_fresh(*backend_, tokens_, chunk))
+        << "chunks of " << chunk;
+  }
 }
 
 TEST_P(CudaBackendTest, CompanyOfOtherSessionsChangesNoToken) {

@@ -82,6 +82,18 @@ TEST_F(PackedCommands, TokensAreTheSourcesAndTheProcessorIsRefused) {
                  {"packed for backend 'cuda'", "'cpu'", "micro-gemma4-Q4_K_M.gguf"});
 }
 
+TEST_F(PackedCommands, ProcessorsHaveNoWeightsButTheFiles) {
+  const std::vector<std::string> run = {"run", micro("Q4_K_M"), "--raw", "-p",       "A", "-n",
+                                        "2",   "--backend",     "cpu",   "--weights"};
+  const auto with = [&](const char* weights) {
+    std::vector<std::string> arguments = run;
+    arguments.push_back(weights);
+    return nibble(arguments);
+  };
+  EXPECT_EQ(with("direct").exit_code, 0);
+  expect_failure(with("packed"), {"'cpu'", "packed", "direct"});
+}
+
 TEST_F(PackedCommands, AFullDiskLeavesNothingBehind) {
   // A limit on the size of files; ulimit counts in blocks of 512 or 1,024 bytes.
   const std::string command = fmt::format("ulimit -f 1000; exec {} pack {} -o {}", NIBBLE_BINARY,

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   cluster_sync(place);
   const uint32_t row = blockIdx.x / place.blocks, width = args.width;
   const auto weight = load_weights<kTiles>(place, args.norm, width);
-  const uint32_t token = uint32_t(args.tokens[row]);
+  if (!args.tokens) ptx::wait_for_dependencies();
+  const uint32_t token = args.tokens ? uint32_t(args.tokens[row]) : row;
   const uint32_t column_tiles = (width + kTileColumns - 1) / kTileColumns;
   const Layout* const tiles =
       static_cast<const Layout*>(args.tiles) + uint64_t(token / kTileRows) * column_tiles;

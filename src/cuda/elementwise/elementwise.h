@@ -46,13 +46,15 @@ struct EmbedArgs {
   const void* tiles;  // of `layout`
   LayoutId layout;
   uint32_t width;
-  const int32_t* tokens;  // [rows]
+  // [rows]; null: row r is the table's row r, which the kernel in front has packed.
+  const int32_t* tokens;
   float scale;
   float* residual;  // [rows, width]
   DeviceNorm norm;
   ScaledRows normed;
 };
-// As the step's first kernel, it needs no other to end: its inputs were copied before.
+// As the step's first kernel, it needs no other to end (but one that packs its rows): its inputs
+// were copied before.
 void launch_embed(cudaStream_t stream, const EmbedArgs& args);
 
 // residual = (residual + post_norm(scales * sums)) * output_scale; normed = next_norm(residual).

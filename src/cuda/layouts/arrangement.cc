@@ -13,6 +13,7 @@ namespace {
 
 using backend::Weight;
 using backend::WeightSegment;
+using backend::WeightStorage;
 using quant::QuantType;
 
 constexpr float kLargestHalf = 65504;
@@ -61,7 +62,14 @@ uint64_t packed_bytes(LayoutId layout, uint32_t rows, uint32_t columns) {
   return TileGrid(rows, columns).tiles() * tile_bytes(layout);
 }
 
-Arrangement::Arrangement(const backend::Plan& plan, uint64_t alignment) {
+uint64_t stored_bytes(LayoutId layout, uint32_t rows, uint32_t columns, WeightStorage storage) {
+  if (storage == WeightStorage::kPacked) return packed_bytes(layout, rows, columns);
+  return visit_layout(layout, [&](auto type) {
+    return rows * quant::row_bytes(decltype(type)::type::kSource, columns);
+  });
+}
+
+Arrangement::Arrangement(const backend::Plan& plan, uint64_t alignment, WeightStorage storage) {
   std::map<std::vector<const std::byte*>, size_t> seen;
   for (const Weight& weight : plan.weights) {
     std::vector<const std::byte*> key;
@@ -73,7 +81,7 @@ Arrangement::Arrangement(const backend::Plan& plan, uint64_t alignment) {
     runs.push_back(runs_of(weight));
     for (Run& run : runs.back()) {
       run.offset = bytes;
-      bytes += round_up(packed_bytes(run.layout, run.rows, weight.columns), alignment);
+      bytes += round_up(stored_bytes(run.layout, run.rows, weight.columns, storage), alignment);
     }
   }
 }

@@ -28,6 +28,9 @@ struct Run {
 };
 
 uint64_t packed_bytes(LayoutId layout, uint32_t rows, uint32_t columns);
+// The same of rows that may be stored as the blocks that they would be packed from.
+uint64_t stored_bytes(LayoutId layout, uint32_t rows, uint32_t columns,
+                      backend::WeightStorage storage);
 
 // Places all runs one behind the other; weights that are the same tensors share theirs.
 struct Arrangement {
@@ -37,7 +40,8 @@ struct Arrangement {
   uint64_t bytes = 0;
 
   // Refers to the plan's segments. Every run begins at a multiple of `alignment`.
-  Arrangement(const backend::Plan& plan, uint64_t alignment);
+  Arrangement(const backend::Plan& plan, uint64_t alignment,
+              backend::WeightStorage storage = backend::WeightStorage::kPacked);
 };
 
 // Rows of a segment that is not packed yet, as blocks of packed_from(its type). Throws

@@ -16,7 +16,7 @@ struct CudaHalfTiled {
   static constexpr quant::QuantType kSource = kType;
   using Block = SourceBlock;
 
-  uint16_t values[16][kLanes][8];
+  alignas(16) uint16_t values[16][kLanes][8];
 
   NIBBLE_HOST_DEVICE float value(uint32_t row, uint32_t column) const {
     const TilePlace place = tile_place(row, column);
@@ -34,8 +34,9 @@ struct CudaHalfTiled {
     for (uint32_t half = 0; half < 2; ++half) {
       for (uint32_t i = 0; i < kLaneColumns; ++i) {
         const uint32_t column = lane % 4 * kLaneColumns + i;
-        values[8 * half + i / 8][lane][i % 8] =
-            rows[half] && column < columns ? load_u16(rows[half][column].bytes) : uint16_t{0};
+        values[8 * half + i / 8][lane][i % 8] = rows[half] && column < columns
+                                                    ? load_u16<Block>(rows[half][column].bytes)
+                                                    : uint16_t{0};
       }
     }
   }

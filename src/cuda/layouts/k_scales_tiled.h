@@ -35,8 +35,8 @@ struct KScalesTiled {
       }
       if (lane % 4 != 0) continue;
       const uint32_t row = lane / 4 + 8 * half;
-      block[row][0] = source ? load_u16(source->scale.bytes) : uint16_t{0};
-      block[row][1] = source ? load_u16(source->min_scale.bytes) : uint16_t{0};
+      block[row][0] = source ? load_u16<Block>(source->scale.bytes) : 0;
+      block[row][1] = source ? load_u16<Block>(source->min_scale.bytes) : 0;
     }
     low[lane] = (streams[0] & 0xffff) | streams[1] << 16;
     high[lane] = uint16_t(streams[0] >> 16 | streams[1] >> 16 << 8);

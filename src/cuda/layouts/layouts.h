@@ -73,9 +73,11 @@ struct TileGrid {
   uint64_t tiles() const { return uint64_t(row_tiles) * column_tiles; }
 };
 
-// One lane's part of tile `index` of a matrix of GGUF blocks [rows, columns / Block::kValues].
+// One lane's part of tile `index` of a matrix of GGUF blocks [rows, columns / Block::kValues]; its
+// row i is the blocks' row `row_ids[i]`, unless that is null.
 template <class Layout>
-NIBBLE_HOST_DEVICE inline void pack_tile_lane(const typename Layout::Block* blocks, uint32_t rows,
+NIBBLE_HOST_DEVICE inline void pack_tile_lane(const typename Layout::Block* blocks,
+                                              const int32_t* row_ids, uint32_t rows,
                                               uint32_t columns, uint32_t column_tiles,
                                               uint64_t index, uint32_t lane, Layout& tile) {
   constexpr uint32_t kBlockValues = Layout::Block::kValues;
@@ -84,8 +86,10 @@ NIBBLE_HOST_DEVICE inline void pack_tile_lane(const typename Layout::Block* bloc
   const typename Layout::Block* sources[2];
   for (uint32_t half = 0; half < 2; ++half) {
     const uint32_t row = first_row + lane / 4 + 8 * half;
-    sources[half] =
-        row < rows ? blocks + (uint64_t(row) * columns + first_column) / kBlockValues : nullptr;
+    sources[half] = nullptr;
+    if (row >= rows) continue;
+    const uint64_t source_row = row_ids ? uint32_t(row_ids[row]) : row;
+    sources[half] = blocks + (source_row * columns + first_column) / kBlockValues;
   }
   const uint32_t left = columns - first_column;
   tile.pack_lane(lane, sources, left < kTileColumns ? left : kTileColumns);
@@ -99,7 +103,7 @@ void pack_matrix(const typename Layout::Block* blocks, uint32_t rows, uint32_t c
   const TileGrid grid(rows, columns);
   for (uint64_t i = 0; i < grid.tiles(); ++i) {
     for (uint32_t lane = 0; lane < kLanes; ++lane)
-      pack_tile_lane(blocks, rows, columns, grid.column_tiles, i, lane, tiles[i]);
+      pack_tile_lane(blocks, nullptr, rows, columns, grid.column_tiles, i, lane, tiles[i]);
   }
 }
 

@@ -13,4 +13,8 @@ namespace nibble::cuda {
 void pack_on_device(cudaStream_t stream, LayoutId layout, const void* blocks, uint32_t block_rows,
                     uint32_t columns, uint32_t first_row_tile, void* tiles);
 
+// Packs the rows `row_ids` [rows] of the blocks, one behind the other; null: the first ones.
+void pack_rows_on_device(cudaStream_t stream, LayoutId layout, const void* blocks,
+                         const int32_t* row_ids, uint32_t rows, uint32_t columns, void* tiles);
+
 }  // namespace nibble::cuda

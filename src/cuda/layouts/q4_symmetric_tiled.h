@@ -12,8 +12,8 @@ struct CudaQ4SymmetricTiled {
   static constexpr quant::QuantType kSource = quant::QuantType::kQ4_0;
   using Block = quant::BlockQ4_0;
 
-  uint32_t quants[4][kLanes][4];  // as in CudaQ4Tiled
-  uint16_t scales[2][kLanes][2];  // f16: [half][lane][group of 32]
+  alignas(16) uint32_t quants[4][kLanes][4];  // as in CudaQ4Tiled
+  uint16_t scales[2][kLanes][2];              // f16: [half][lane][group of 32]
 
   // Bit for bit what GGUF's dequantisation gives.
   NIBBLE_HOST_DEVICE float value(uint32_t row, uint32_t column) const {
@@ -31,14 +31,11 @@ struct CudaQ4SymmetricTiled {
       for (uint32_t group = 0; group < 2; ++group) {
         const uint32_t block = lane % 4 * 2 + group;
         const Block* source = rows[half] && 32 * block < columns ? rows[half] + block : nullptr;
-        uint32_t words[4] = {};
-        for (uint32_t i = 0; source && i < 32; ++i) {
-          const PairPlace pair = pair_place(i);
-          words[pair.step] |= uint32_t(source->quants[i % 16] >> (i / 16 * 4) & 0xf)
-                              << nibble_shift(pair);
+        for (uint32_t step = 0; step < 4; ++step) {
+          const auto bytes = StepBytes::load(source, &Block::quants, 8 * (step % 2));
+          quants[2 * half + group][lane][step] = bytes.pairs<4>(4 * (step / 2));
         }
-        for (uint32_t i = 0; i < 4; ++i) quants[2 * half + group][lane][i] = words[i];
-        scales[half][lane][group] = source ? load_u16(source->scale.bytes) : uint16_t{0};
+        scales[half][lane][group] = source ? load_u16<Block>(source->scale.bytes) : 0;
       }
     }
   }

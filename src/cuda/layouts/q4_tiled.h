@@ -18,7 +18,7 @@ struct CudaQ4Tiled {
   static constexpr quant::QuantType kSource = quant::QuantType::kQ4_K;
   using Block = quant::BlockQ4K;
 
-  uint32_t quants[4][kLanes][4];  // [2 * half + step / 4][lane][step % 4]
+  alignas(16) uint32_t quants[4][kLanes][4];  // [2 * half + step / 4][lane][step % 4]
   KScalesTiled scales;
 
   NIBBLE_HOST_DEVICE uint32_t quant(TilePlace place) const {
@@ -39,14 +39,11 @@ struct CudaQ4Tiled {
   NIBBLE_HOST_DEVICE void pack_lane(uint32_t lane, const Block* const rows[2],
                                     uint32_t /*columns: a block has all*/) {
     for (uint32_t half = 0; half < 2; ++half) {
-      uint32_t words[8] = {};
-      for (uint32_t column = 0; rows[half] && column < kLaneColumns; ++column) {
-        const uint32_t byte = rows[half]->quants[32 * (lane % 4) + column % 32];
-        const PairPlace pair = pair_place(column);
-        words[pair.step] |= (byte >> (column / 32 * 4) & 0xf) << nibble_shift(pair);
+      for (uint32_t step = 0; step < 4; ++step) {
+        const auto bytes = StepBytes::load(rows[half], &Block::quants, 32 * (lane % 4) + 8 * step);
+        for (uint32_t group = 0; group < 2; ++group)
+          quants[2 * half + group][lane][step] = bytes.pairs<4>(4 * group);
       }
-      for (uint32_t step = 0; step < 8; ++step)
-        quants[2 * half + step / 4][lane][step % 4] = words[step];
     }
     scales.pack_lane(lane, rows);
   }

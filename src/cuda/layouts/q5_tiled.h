@@ -12,7 +12,7 @@ struct CudaQ5Tiled {
   static constexpr quant::QuantType kSource = quant::QuantType::kQ5_K;
   using Block = quant::BlockQ5K;
 
-  uint32_t quants[4][kLanes][4];  // bits 0-3, as in CudaQ4Tiled
+  alignas(16) uint32_t quants[4][kLanes][4];  // bits 0-3, as in CudaQ4Tiled
   // Bit 4: [lane][2 * half + step / 4], pair p of a step at bit 4 (step % 4) + p of each half.
   uint32_t high_bits[kLanes][4];
   KScalesTiled scales;
@@ -40,20 +40,17 @@ struct CudaQ5Tiled {
   NIBBLE_HOST_DEVICE void pack_lane(uint32_t lane, const Block* const rows[2],
                                     uint32_t /*columns: a block has all*/) {
     for (uint32_t half = 0; half < 2; ++half) {
-      uint32_t words[8] = {};
       uint32_t high_words[2] = {};
-      for (uint32_t column = 0; rows[half] && column < kLaneColumns; ++column) {
-        const uint32_t low = rows[half]->quants[32 * (lane % 4) + column % 32];
-        const uint32_t high = rows[half]->high_bits[column % 32];
-        const uint32_t group = lane % 4 * 2 + column / 32;
-        const PairPlace pair = pair_place(column);
-        words[pair.step] |= (low >> (column / 32 * 4) & 0xf) << nibble_shift(pair);
-        high_words[pair.step / 4] |= (high >> group & 1) << high_shift(pair);
+      for (uint32_t step = 0; step < 4; ++step) {
+        const auto low = StepBytes::load(rows[half], &Block::quants, 32 * (lane % 4) + 8 * step);
+        const auto high = StepBytes::load(rows[half], &Block::high_bits, 8 * step);
+        for (uint32_t group = 0; group < 2; ++group) {
+          quants[2 * half + group][lane][step] = low.pairs<4>(4 * group);
+          high_words[group] |= high.pairs<1>(lane % 4 * 2 + group) << 4 * step;
+        }
       }
-      for (uint32_t step = 0; step < 8; ++step)
-        quants[2 * half + step / 4][lane][step % 4] = words[step];
-      high_bits[lane][2 * half] = high_words[0];
-      high_bits[lane][2 * half + 1] = high_words[1];
+      for (uint32_t group = 0; group < 2; ++group)
+        high_bits[lane][2 * half + group] = high_words[group];
     }
     scales.pack_lane(lane, rows);
   }

@@ -12,10 +12,11 @@ struct CudaQ6Tiled {
   static constexpr quant::QuantType kSource = quant::QuantType::kQ6_K;
   using Block = quant::BlockQ6K;
 
-  uint32_t low_bits[4][kLanes][4];  // bits 0-3, as in CudaQ4Tiled
+  alignas(16) uint32_t low_bits[4][kLanes][4];  // bits 0-3, as in CudaQ4Tiled
   // Bits 4-5: [half][lane][step / 2], pair p of a step at bit 8 (step % 2) + 2 p of each half.
   uint32_t high_bits[2][kLanes][4];
-  uint8_t scales[kLanes][2][4];      // [lane][half][group of 16], 128 above the block's scale
+  // Bytes, 128 above the block's scales: [lane][half], groups of 16 from the lowest on.
+  uint32_t scales[kLanes][2];
   uint16_t block_scales[kTileRows];  // f16
 
   NIBBLE_HOST_DEVICE static constexpr uint32_t high_shift(PairPlace place) {
@@ -32,7 +33,7 @@ struct CudaQ6Tiled {
   // Bit for bit what GGUF's dequantisation gives.
   NIBBLE_HOST_DEVICE float value(uint32_t row, uint32_t column) const {
     const TilePlace place = tile_place(row, column);
-    const int scale = int(scales[place.lane][place.half][place.column / 16]) - 128;
+    const int scale = int(scales[place.lane][place.half] >> place.column / 16 * 8 & 0xff) - 128;
     return multiply(multiply(half_bits_to_float(block_scales[row]), float(scale)),
                     float(quant(place)));
   }
@@ -42,29 +43,22 @@ struct CudaQ6Tiled {
   NIBBLE_HOST_DEVICE void pack_lane(uint32_t lane, const Block* const rows[2],
                                     uint32_t /*columns: a block has all*/) {
     for (uint32_t half = 0; half < 2; ++half) {
-      uint32_t words[8] = {};
-      uint32_t high_words[4] = {};
-      for (uint32_t column = 0; rows[half] && column < kLaneColumns; ++column) {
-        const uint32_t in_row = lane % 4 * kLaneColumns + column;
-        const uint32_t part = in_row / 128;
-        const uint32_t quarter = in_row % 128 / 32;
-        const uint32_t low = rows[half]->low_bits[64 * part + 32 * (quarter % 2) + column % 32];
-        const uint32_t high = rows[half]->high_bits[32 * part + column % 32];
-        const PairPlace pair = pair_place(column);
-        words[pair.step] |= (low >> (quarter / 2 * 4) & 0xf) << nibble_shift(pair);
-        high_words[pair.step / 2] |= (high >> (2 * quarter) & 3) << high_shift(pair);
+      const Block* const source = rows[half];
+      for (uint32_t group = 0; group < 2; ++group) {
+        const uint32_t part = lane % 4 / 2, quarter = lane % 2 * 2 + group;
+        uint32_t high_words[2] = {};
+        for (uint32_t step = 0; step < 4; ++step) {
+          const auto low =
+              StepBytes::load(source, &Block::low_bits, 64 * part + 32 * group + 8 * step);
+          const auto high = StepBytes::load(source, &Block::high_bits, 32 * part + 8 * step);
+          low_bits[2 * half + group][lane][step] = low.pairs<4>(quarter / 2 * 4);
+          high_words[step / 2] |= high.pairs<2>(2 * quarter) << step % 2 * 8;
+        }
+        for (uint32_t i = 0; i < 2; ++i) high_bits[half][lane][2 * group + i] = high_words[i];
       }
-      for (uint32_t step = 0; step < 8; ++step)
-        low_bits[2 * half + step / 4][lane][step % 4] = words[step];
-      for (uint32_t i = 0; i < 4; ++i) {
-        high_bits[half][lane][i] = high_words[i];
-        scales[lane][half][i] =
-            uint8_t((rows[half] ? rows[half]->scales[lane % 4 * 4 + i] : 0) + 128);
-      }
-      if (lane % 4 == 0) {
-        block_scales[lane / 4 + 8 * half] =
-            rows[half] ? load_u16(rows[half]->scale.bytes) : uint16_t{0};
-      }
+      scales[lane][half] = (source ? load_u32<Block>(&source->scales[lane % 4 * 4]) : 0) ^ kAdd128;
+      if (lane % 4 == 0)
+        block_scales[lane / 4 + 8 * half] = source ? load_u16<Block>(source->scale.bytes) : 0;
     }
   }
 };

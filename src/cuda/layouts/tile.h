@@ -78,9 +78,55 @@ NIBBLE_HOST_DEVICE inline float subtract(float a, float b) {
 #endif
 }
 
-// A number as a block holds it, at any address.
+// Numbers as `Block`s hold them, at the alignment that arrays of them have on the device: that of
+// the block's size. On the host they may lie anywhere.
+template <class Block>
 NIBBLE_HOST_DEVICE inline uint16_t load_u16(const uint8_t* bytes) {
+  static_assert(sizeof(Block) % 2 == 0);
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const uint16_t*>(bytes);
+#else
   return uint16_t(bytes[0] | bytes[1] << 8);
+#endif
 }
+template <class Block>
+NIBBLE_HOST_DEVICE inline uint32_t load_u32(const void* at) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Block) % 4 == 0) return *static_cast<const uint32_t*>(at);
+#endif
+  const uint8_t* const bytes = static_cast<const uint8_t*>(at);
+  return load_u16<Block>(bytes) | uint32_t(load_u16<Block>(bytes + 2)) << 16;
+}
+
+// Signed bytes to unsigned ones, four at a time: exclusive or with it adds 128 to each.
+inline constexpr uint32_t kAdd128 = 0x80808080;
+
+// The bytes that hold fields of a step's eight columns, one each.
+struct StepBytes {
+  uint32_t words[2];
+
+  // From byte `at` of a block's field; zeros where there is no block.
+  template <class Block, size_t kSize>
+  NIBBLE_HOST_DEVICE static StepBytes load(const Block* block, uint8_t (Block::*field)[kSize],
+                                           uint32_t at) {
+    if (!block) return {};
+    const uint8_t* const bytes = &(block->*field)[at];
+    return {{load_u32<Block>(bytes), load_u32<Block>(bytes + 4)}};
+  }
+  // The fields of kBits bits from bit `shift` on, as pairs: pair p at bit kBits * p of each half.
+  template <uint32_t kBits>
+  NIBBLE_HOST_DEVICE uint32_t pairs(uint32_t shift) const {
+    return two_pairs<kBits>(words[0] >> shift) | two_pairs<kBits>(words[1] >> shift) << 2 * kBits;
+  }
+
+ private:
+  template <uint32_t kBits>
+  NIBBLE_HOST_DEVICE static uint32_t two_pairs(uint32_t bytes) {
+    constexpr uint32_t kField = (1 << kBits) - 1, kTwoFields = (1 << 2 * kBits) - 1;
+    bytes &= 0x01010101 * kField;
+    bytes |= bytes >> (16 - kBits);  // columns 2 and 3 above columns 0 and 1
+    return (bytes & kTwoFields) | (bytes >> 8 & kTwoFields) << 16;
+  }
+};
 
 }  // namespace nibble::cuda

@@ -15,13 +15,21 @@
 
 namespace nibble::cuda {
 
-// A warp's own ring of tiles in shared memory.
+// A warp's own ring of tiles in shared memory, of weights that are packed.
 template <class Layout, int kStages>
 class TileRing {
  public:
-  // `barriers` [kStages], both in shared memory.
-  __device__ __forceinline__ TileRing(Layout* slots, uint64_t* barriers, uint32_t lane)
-      : slots_(slots), barriers_(barriers), lane_(lane) {
+  static constexpr uint32_t kSlots = kStages;
+  static constexpr uint32_t kBytes = kStages * sizeof(Layout);
+
+  // `memory` [kBytes] and `barriers` [kStages] in shared memory.
+  __device__ __forceinline__ TileRing(const WeightRows& weights, uint32_t column_tiles,
+                                      char* memory, uint64_t* barriers, uint32_t lane)
+      : tiles_(static_cast<const Layout*>(weights.data)),
+        column_tiles_(column_tiles),
+        slots_(reinterpret_cast<Layout*>(memory)),
+        barriers_(barriers),
+        lane_(lane) {
 #if __CUDA_ARCH__ >= 900
     policy_ = ptx::evict_first_policy();
     if (lane == 0) {
@@ -32,16 +40,18 @@ class TileRing {
 #endif
   }
 
-  // Asks for a tile; null keeps the count of asked-for tiles right at the end.
-  __device__ __forceinline__ void ask(uint32_t slot, const Layout* tile) {
+  // Asks for a tile; one that does not exist keeps the count of asked-for tiles right at the end.
+  __device__ __forceinline__ void ask(uint32_t slot, bool exists, uint32_t row_tile,
+                                      uint32_t column_tile) {
 #if __CUDA_ARCH__ >= 900
-    if (tile && lane_ == 0) {
+    if (exists && lane_ == 0) {
       ptx::barrier_expect(&barriers_[slot], sizeof(Layout));
-      ptx::bulk_copy(&slots_[slot], tile, sizeof(Layout), &barriers_[slot], policy_);
+      ptx::bulk_copy(&slots_[slot], tile(row_tile, column_tile), sizeof(Layout), &barriers_[slot],
+                     policy_);
     }
 #else
-    if (tile) {
-      const uint4* from = reinterpret_cast<const uint4*>(tile);
+    if (exists) {
+      const uint4* from = reinterpret_cast<const uint4*>(tile(row_tile, column_tile));
       uint4* to = reinterpret_cast<uint4*>(&slots_[slot]);
       for (uint32_t i = lane_; i < sizeof(Layout) / 16; i += kLanes)
         ptx::copy_async_16(to + i, from + i);
@@ -50,14 +60,26 @@ class TileRing {
 #endif
   }
 
-  // The oldest tile asked for and not yet taken; `round` counts how often the slot was used before.
-  __device__ __forceinline__ const Layout& wait(uint32_t slot, uint32_t round) {
+  // Asks the L2 cache for `count` tiles side by side.
+  __device__ __forceinline__ void prefetch(uint32_t row_tile, uint32_t column_tile,
+                                           uint32_t count) const {
+    if (lane_ == 0) ptx::prefetch(tile(row_tile, column_tile), count * uint32_t(sizeof(Layout)));
+  }
+
+  // For the oldest tile asked for and not yet taken; `round` counts how often the slot was used
+  // before.
+  __device__ __forceinline__ void wait(uint32_t slot, uint32_t round) {
 #if __CUDA_ARCH__ >= 900
     ptx::barrier_wait(&barriers_[slot], round & 1);
 #else
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
 #endif
+  }
+
+  // The tile waited for.
+  __device__ __forceinline__ const Layout& take(uint32_t slot, uint32_t /*row_tile*/,
+                                                uint32_t /*column_tile*/) const {
     return slots_[slot];
   }
 
@@ -70,12 +92,100 @@ class TileRing {
   }
 
  private:
+  __device__ __forceinline__ const Layout* tile(uint32_t row_tile, uint32_t column_tile) const {
+    return tiles_ + uint64_t(row_tile) * column_tiles_ + column_tile;
+  }
+
+  const Layout* tiles_;
+  uint32_t column_tiles_;
   Layout* slots_;
   uint64_t* barriers_;
   uint32_t lane_;
 #if __CUDA_ARCH__ >= 900
   uint64_t policy_;
 #endif
+};
+
+// The same of weights as the file has them: a slot holds what the blocks of 16 rows have of a tile,
+// and the warp packs it when its turn comes, into a tile that takes the place of one slot. What
+// follows can't tell the difference: the same bits meet the same activations in the same order.
+template <class Layout, int kStages>
+class BlockRing {
+  using Block = typename Layout::Block;
+  static constexpr uint32_t kPieceBytes = sizeof(Layout) / kTileRows;  // of a row
+  static constexpr uint32_t kChunks = block_piece_bytes<Layout>() / 16;
+
+ public:
+  static constexpr uint32_t kSlots = kStages - 1;
+  static constexpr uint32_t kBytes = ring_bytes<Layout>(kStages, backend::WeightStorage::kDirect);
+
+  __device__ __forceinline__ BlockRing(const WeightRows& weights, uint32_t /*column_tiles*/,
+                                       char* memory, uint64_t* /*barriers*/, uint32_t lane)
+      : weights_(weights),
+        tile_(*reinterpret_cast<Layout*>(memory)),
+        slots_(memory + sizeof(Layout)),
+        lane_(lane) {}
+
+  __device__ __forceinline__ void ask(uint32_t slot, bool exists, uint32_t row_tile,
+                                      uint32_t column_tile) {
+    char* const to = slots_ + slot * (kTileRows * kChunks * 16);
+    for (uint32_t i = lane_; exists && i < kTileRows * kChunks; i += kLanes) {
+      const Piece piece = piece_of(row_tile * kTileRows + i / kChunks, column_tile);
+      const uint32_t at = i % kChunks * 16;
+      if (piece.bytes > 0 && at < piece.skew + piece.bytes)
+        ptx::copy_async_16(to + 16 * i, piece.begin - piece.skew + at);
+    }
+    ptx::copy_async_commit();
+  }
+
+  __device__ __forceinline__ void prefetch(uint32_t, uint32_t, uint32_t) const {}
+
+  __device__ __forceinline__ void wait(uint32_t /*slot*/, uint32_t /*round*/) {
+    ptx::copy_async_wait<kSlots - 1>();
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ const Layout& take(uint32_t slot, uint32_t row_tile,
+                                                uint32_t column_tile) {
+    const char* const from = slots_ + slot * (kTileRows * kChunks * 16);
+    const Block* rows[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t row = lane_ / 4 + 8 * half;
+      const Piece piece = piece_of(row_tile * kTileRows + row, column_tile);
+      rows[half] = piece.bytes == 0
+                       ? nullptr
+                       : reinterpret_cast<const Block*>(from + row * (kChunks * 16) + piece.skew);
+    }
+    const uint32_t bytes = piece_of(row_tile * kTileRows, column_tile).bytes;
+    tile_.pack_lane(lane_, rows, bytes / uint32_t(sizeof(Block)) * Block::kValues);
+    __syncwarp();
+    return tile_;
+  }
+
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+  }
+
+ private:
+  // What a row has of a tile of columns. Copies are of 16 bytes at a multiple of 16: they begin
+  // `skew` bytes before it.
+  struct Piece {
+    const char* begin;
+    uint32_t skew, bytes;
+  };
+  __device__ __forceinline__ Piece piece_of(uint32_t row, uint32_t column_tile) const {
+    const uint32_t before = column_tile * kPieceBytes;
+    const char* const begin =
+        static_cast<const char*>(weights_.data) + row * weights_.row_bytes + before;
+    return {begin, uint32_t(reinterpret_cast<uintptr_t>(begin) % 16),
+            row < weights_.rows ? min(uint32_t(weights_.row_bytes) - before, kPieceBytes) : 0};
+  }
+
+  const WeightRows& weights_;
+  Layout& tile_;
+  char* const slots_;
+  const uint32_t lane_;
 };
 
 // Dynamic shared memory, in this order: the ring, activations, means, partial sums, barriers.
@@ -135,7 +245,7 @@ __device__ inline void load_activations(const FewRowsArgs& args, Share columns, 
 enum class Part { kFirst, kSecond, kWhole };
 
 // Stores a lane's sums: of rows g and g + 8 of the tile, for activation rows 2t and 2t + 1.
-__device__ __forceinline__ void store_sums(const FewRowsArgs& args, const PackedRows& weights,
+__device__ __forceinline__ void store_sums(const FewRowsArgs& args, const WeightRows& weights,
                                            uint32_t chunk, uint32_t row_tile, uint32_t lane,
                                            float4 sums, Part part) {
   const uint32_t weight_row = row_tile * kTileRows + lane / 4, row = lane % 4 * 2;
@@ -160,8 +270,8 @@ __device__ __forceinline__ float4 add(float4 a, float4 b) {
 }
 
 // The share of block `block` of `blocks`.
-template <class Layout, int kWarps, int kStages>
-__device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const PackedRows& weights,
+template <class Ring, class Layout, int kWarps>
+__device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const WeightRows& weights,
                                                const FewRowsLaunch& launch, uint32_t block,
                                                uint32_t blocks) {
   extern __shared__ __align__(128) char shared[];
@@ -182,38 +292,32 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   const uint32_t begin = warp_begin(warp), end = warp_begin(warp + 1);
   uint32_t row_tile = begin / column_tiles, column_tile = begin % column_tiles;
 
-  const FewRowsShared at(kWarps * kStages * sizeof(Layout), kWarps,
-                         (args.column_tiles + chunks - 1) / chunks, args.rows);
+  const FewRowsShared at(kWarps * Ring::kBytes, kWarps, (args.column_tiles + chunks - 1) / chunks,
+                         args.rows);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + at.barriers);
-  TileRing<Layout, kStages> ring(reinterpret_cast<Layout*>(shared) + warp * kStages,
-                                 barriers + warp * kStages, lane);
-  const Layout* next = static_cast<const Layout*>(weights.tiles) +
-                       uint64_t(row_tile) * args.column_tiles + columns.begin + column_tile;
-  uint32_t asked = begin, asked_column = column_tile;
+  Ring ring(weights, args.column_tiles, shared + warp * Ring::kBytes,
+            barriers + warp * Ring::kSlots, lane);
+  uint32_t asked = begin, asked_row = row_tile, asked_column = column_tile;
   const auto ask = [&](uint32_t slot) {
-    ring.ask(slot, asked < end ? next : nullptr);
+    ring.ask(slot, asked < end, asked_row, columns.begin + asked_column);
     ++asked;
-    ++next;
-    if (++asked_column == column_tiles) {
-      asked_column = 0;
-      next += args.column_tiles - column_tiles;
-    }
+    if (++asked_column == column_tiles) asked_column = 0, ++asked_row;
   };
   // One stage at a time: all at once they would keep the small kernel in front of this one, whose
   // few loads wait behind them, from its data for 5 us.
   ask(0);
   ptx::launch_dependents();
 #pragma unroll
-  for (int i = 1; i < kStages; ++i) {
+  for (uint32_t i = 1; i < Ring::kSlots; ++i) {
     if (begin + i - 1 < end) ring.wait(i - 1, 0);
     ask(i);
   }
-  if (lane == 0 && asked < end && launch.prefetch_tiles > 0) {
-    const uint32_t tiles = min(end - asked, chunks == 1 ? launch.prefetch_tiles : 1);
-    ptx::prefetch(next, tiles * uint32_t(sizeof(Layout)));
+  if (asked < end && launch.prefetch_tiles > 0) {
+    ring.prefetch(asked_row, columns.begin + asked_column,
+                  min(end - asked, chunks == 1 ? launch.prefetch_tiles : 1));
   }
 
-  uint64_t* const activation_barrier = barriers + kWarps * kStages;
+  uint64_t* const activation_barrier = barriers + kWarps * Ring::kSlots;
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     ptx::barrier_init(activation_barrier, 1);
@@ -248,10 +352,11 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   uint32_t slot = 0, round = 0;
   for (uint32_t tile = begin; tile < end; ++tile) {
     Fragment<Layout> fragment;
-    fragment.load(ring.wait(slot, round), lane);
+    ring.wait(slot, round);
+    fragment.load(ring.take(slot, row_tile, columns.begin + column_tile), lane);
     ring.release();
     ask(slot);
-    if (++slot == kStages) slot = 0, ++round;
+    if (++slot == Ring::kSlots) slot = 0, ++round;
 
     const uint32_t skip = column_tile * args.rows;
     const uint4* const values = lane_values + skip * (kTileColumns / 8);
@@ -286,27 +391,27 @@ __device__ __forceinline__ void few_rows_block(const FewRowsArgs& args, const Pa
   }
 }
 
-template <class First, class Second, int kWarps, int kStages>
+template <template <class, int> class Ring, class First, class Second, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps* kLanes, kWarps <= 8 ? 2 : 1)
     few_rows_kernel(const __grid_constant__ FewRowsArgs args,
                     const __grid_constant__ FewRowsLaunch launch) {
   if constexpr (!std::is_same_v<Second, NoLayout>) {
     if (blockIdx.x >= launch.first_blocks) {
-      few_rows_block<Second, kWarps, kStages>(args, args.weights[1], launch,
-                                              blockIdx.x - launch.first_blocks,
-                                              gridDim.x - launch.first_blocks);
+      few_rows_block<Ring<Second, kStages>, Second, kWarps>(args, args.weights[1], launch,
+                                                            blockIdx.x - launch.first_blocks,
+                                                            gridDim.x - launch.first_blocks);
       return;
     }
   }
-  few_rows_block<First, kWarps, kStages>(args, args.weights[0], launch, blockIdx.x,
-                                         launch.first_blocks);
+  few_rows_block<Ring<First, kStages>, First, kWarps>(args, args.weights[0], launch, blockIdx.x,
+                                                      launch.first_blocks);
 }
 
-template <class First, class Second, bool kWide>
+template <template <class, int> class Ring, class First, class Second, bool kWide>
 void launch_few_rows_shape(cudaStream_t stream, const FewRowsArgs& args,
                            const FewRowsLaunch& launch) {
   constexpr RingShape kShape = ring_shape(std::max(sizeof(First), sizeof(Second)), kWide);
-  const auto kernel = few_rows_kernel<First, Second, kShape.warps, kShape.stages>;
+  const auto kernel = few_rows_kernel<Ring, First, Second, kShape.warps, kShape.stages>;
   NIBBLE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(launch.shared_bytes)));
   launch_dependent(stream, kernel, launch.blocks, kShape.warps * kLanes, launch.shared_bytes, args,
@@ -316,8 +421,13 @@ void launch_few_rows_shape(cudaStream_t stream, const FewRowsArgs& args,
 template <class First, class Second>
 void launch_few_rows_kernel(cudaStream_t stream, const FewRowsArgs& args,
                             const FewRowsLaunch& launch) {
-  if (launch.wide) return launch_few_rows_shape<First, Second, true>(stream, args, launch);
-  launch_few_rows_shape<First, Second, false>(stream, args, launch);
+  const auto start = [&]<bool kWide>() {
+    if (args.weights[0].row_bytes > 0)
+      return launch_few_rows_shape<BlockRing, First, Second, kWide>(stream, args, launch);
+    launch_few_rows_shape<TileRing, First, Second, kWide>(stream, args, launch);
+  };
+  if (launch.wide) return start.template operator()<true>();
+  start.template operator()<false>();
 }
 
 }  // namespace nibble::cuda

@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 
+#include "backend/plan.h"
 #include "cuda/layouts/activations.h"
 #include "cuda/layouts/layouts.h"
 
@@ -16,11 +18,14 @@ struct DeviceShape {
   uint32_t shared_bytes_per_block;  // the most that a block may ask for
 };
 
-// Rows of a weight that are packed in one layout.
-struct PackedRows {
-  const void* tiles = nullptr;  // Layout[row tiles][column tiles]
+// Rows of a weight in one layout.
+struct WeightRows {
+  const void* data = nullptr;  // Layout[row tiles][column tiles], unless row_bytes says otherwise
   uint32_t rows = 0;
   uint32_t first_output = 0;  // where their outputs stand in a row of the result
+  // Other than 0: `data` are the file's blocks, so many bytes a row, and may be read up to the next
+  // multiple of 16.
+  uint64_t row_bytes = 0;
 };
 
 // A block's warps, and the tiles that each of them has in flight. Wide blocks have their
@@ -33,6 +38,19 @@ constexpr RingShape ring_shape(uint32_t tile_bytes, bool wide) {
   if (tile_bytes > 6000) return {wide ? 8u : 4u, 2};
   if (!wide) return {8, 2};
   return {16, tile_bytes > 4000 ? 2u : 3u};
+}
+
+// Shared memory that a warp's ring of `stages` tiles takes. Blocks are copied 16 bytes at a time
+// from multiples of 16, and one of the stages is the tile that they are packed into.
+template <class Layout>
+constexpr uint32_t block_piece_bytes() {  // of a tile's row
+  constexpr uint32_t kMostSkew = 16 - std::gcd(uint32_t(sizeof(typename Layout::Block)), 16u);
+  return (uint32_t(sizeof(Layout)) / kTileRows + kMostSkew + 15) / 16 * 16;
+}
+template <class Layout>
+constexpr uint32_t ring_bytes(uint32_t stages, backend::WeightStorage storage) {
+  if (storage == backend::WeightStorage::kPacked) return stages * uint32_t(sizeof(Layout));
+  return uint32_t(sizeof(Layout)) + (stages - 1) * kTileRows * block_piece_bytes<Layout>();
 }
 
 // How a kernel is started, chosen from sizes alone.
@@ -52,7 +70,8 @@ struct FewRowsLaunch {
 // `rows` activation rows.
 FewRowsLaunch choose_few_rows(const DeviceShape& device, LayoutId first, uint32_t first_rows,
                               std::optional<LayoutId> second, uint32_t second_rows,
-                              uint32_t columns, uint32_t rows);
+                              uint32_t columns, uint32_t rows,
+                              backend::WeightStorage storage = backend::WeightStorage::kPacked);
 
 // Whether one kernel takes both layouts. Otherwise a weight that mixes them takes two.
 bool has_few_rows_kernel(LayoutId first, std::optional<LayoutId> second);
@@ -61,7 +80,7 @@ bool has_few_rows_kernel(LayoutId first, std::optional<LayoutId> second);
 // the tiles; where a share ends within a row of tiles, the block that has the row's end writes its
 // sums to a part of its own. So no block waits for another, and the order of additions is fixed.
 struct FewRowsArgs {
-  PackedRows weights[2];  // of the kernel's two layouts; the second may be empty
+  WeightRows weights[2];  // of the kernel's two layouts; the second may be empty
   uint32_t column_tiles;
   uint32_t rows;                 // of activations, 1 to kMostRows
   const void* activations;       // f16, as in activations.h

@@ -13,6 +13,12 @@ constexpr uint32_t kPrefetchTiles = 1;  // more delays the stragglers of the ker
 
 constexpr uint32_t kRuntimeBytes = 1024;  // of shared memory that every block costs besides its own
 
+uint32_t ring_bytes(LayoutId layout, uint32_t stages, backend::WeightStorage storage) {
+  return visit_layout(layout, [&](auto type) {
+    return cuda::ring_bytes<typename decltype(type)::type>(stages, storage);
+  });
+}
+
 uint32_t activation_bytes(uint32_t column_tiles, uint32_t rows) {
   return column_tiles * rows * (kTileColumns * 2 + uint32_t(sizeof(ActivationMeans)));
 }
@@ -26,7 +32,7 @@ bool has_few_rows_kernel(LayoutId first, std::optional<LayoutId> second) {
 
 FewRowsLaunch choose_few_rows(const DeviceShape& device, LayoutId first, uint32_t first_rows,
                               std::optional<LayoutId> second, uint32_t second_rows,
-                              uint32_t columns, uint32_t rows) {
+                              uint32_t columns, uint32_t rows, backend::WeightStorage storage) {
   const TileGrid grid(first_rows, columns);
   const uint64_t first_bytes = grid.tiles() * tile_bytes(first);
   const uint64_t second_bytes =
@@ -38,11 +44,13 @@ FewRowsLaunch choose_few_rows(const DeviceShape& device, LayoutId first, uint32_
   const auto fits = [&](bool wide, uint32_t blocks_per_multiprocessor) {
     const RingShape shape = ring_shape(largest, wide);
     const uint32_t room = device.shared_bytes_per_block / blocks_per_multiprocessor - kRuntimeBytes;
+    const uint32_t tiles = std::max(ring_bytes(first, shape.stages, storage),
+                                    second ? ring_bytes(*second, shape.stages, storage) : 0);
     const uint32_t ring =
-        shape.warps * (shape.stages * (largest + 8) + kLanes * uint32_t(sizeof(float) * 4)) + 8;
+        shape.warps * (tiles + shape.stages * 8 + kLanes * uint32_t(sizeof(float) * 4)) + 8;
     for (uint32_t chunks = 1; chunks <= grid.column_tiles; ++chunks) {
-      const uint32_t tiles = (grid.column_tiles + chunks - 1) / chunks;
-      const uint32_t bytes = ring + activation_bytes(tiles, rows);
+      const uint32_t column_tiles = (grid.column_tiles + chunks - 1) / chunks;
+      const uint32_t bytes = ring + activation_bytes(column_tiles, rows);
       if (bytes > room) continue;
       launch.wide = wide;
       launch.column_chunks = chunks;

@@ -65,6 +65,26 @@ TEST(FewRowsChoice, GivesEachBlockAtLeastOneRowTile) {
   }
 }
 
+// Then results have the same bits.
+TEST(FewRowsChoice, TakesTheSameShapeForBlocks) {
+  for (uint32_t id = 0; id < kLayoutCount; ++id) {
+    for (const DeviceShape& device : {kH100, kA100}) {
+      for (const uint32_t matrix_rows : {100u, 5376u, 43008u}) {
+        const auto choose = [&](backend::WeightStorage storage) {
+          return choose_few_rows(device, LayoutId(id), matrix_rows, {}, 0, 5376, 1, storage);
+        };
+        const FewRowsLaunch packed = choose(backend::WeightStorage::kPacked);
+        const FewRowsLaunch direct = choose(backend::WeightStorage::kDirect);
+        EXPECT_EQ(direct.wide, packed.wide) << id;
+        EXPECT_EQ(direct.blocks, packed.blocks) << id;
+        EXPECT_EQ(direct.column_chunks, packed.column_chunks) << id;
+        EXPECT_GE(direct.shared_bytes, packed.shared_bytes) << id;
+        EXPECT_LE(direct.shared_bytes, device.shared_bytes_per_block) << id;
+      }
+    }
+  }
+}
+
 TEST(FewRowsChoice, SharesBlocksByBytesBetweenTwoLayouts) {
   const FewRowsLaunch launch =
       choose_few_rows(kH100, LayoutId::kQ4, 12288, LayoutId::kQ6, 4096, 5376, 1);

@@ -4,6 +4,7 @@
 #include <random>
 #include <vector>
 
+#include "base/checked_math.h"
 #include "base/half.h"
 #include "cuda/device_array.h"
 #include "cuda/layouts/pack.h"
@@ -13,6 +14,8 @@
 
 namespace nibble::cuda {
 namespace {
+
+using backend::WeightStorage;
 
 // Random blocks with scales of a trained file's size: values of about 0.05.
 std::vector<std::byte> random_blocks(LayoutId id, uint32_t rows, uint32_t columns,
@@ -90,9 +93,6 @@ void expect_product(std::vector<Segment> segments, uint32_t columns, uint32_t ro
 
   const bool two = segments.size() == 2;
   const auto second = two ? std::optional(segments[1].layout) : std::nullopt;
-  const FewRowsLaunch launch =
-      choose_few_rows(test::device_shape(), segments[0].layout, segments[0].rows, second,
-                      two ? segments[1].rows : 0, columns, rows);
   FewRowsArgs args = {};
   args.column_tiles = TileGrid(1, columns).column_tiles;
   args.rows = rows;
@@ -100,50 +100,72 @@ void expect_product(std::vector<Segment> segments, uint32_t columns, uint32_t ro
   args.means = means.data();
   args.output_stride = segments[0].rows + (two ? segments[1].rows : 0);
   std::vector<std::vector<std::byte>> blocks;
-  std::vector<DeviceArray<std::byte>> packed;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& segment = segments[i];
+  std::vector<DeviceArray<std::byte>> raw, packed;
+  for (const Segment& segment : segments) {
     blocks.push_back(random_blocks(segment.layout, segment.rows, columns, random));
-    const DeviceArray<std::byte> raw{std::span<const std::byte>(blocks.back())};
+    std::vector<std::byte> padded = blocks.back();
+    padded.resize(round_up(padded.size(), size_t{16}));
+    raw.emplace_back(std::span<const std::byte>(padded));
     packed.emplace_back(TileGrid(segment.rows, columns).tiles() * tile_bytes(segment.layout));
-    pack_on_device(nullptr, segment.layout, raw.data(), segment.rows, columns, 0,
+    pack_on_device(nullptr, segment.layout, raw.back().data(), segment.rows, columns, 0,
                    packed.back().data());
-    NIBBLE_CUDA(cudaDeviceSynchronize());
-    args.weights[i] = {packed[i].data(), segment.rows, i ? segments[0].rows : 0};
   }
-  DeviceArray<float> output(size_t(launch.parts()) * rows * args.output_stride);
-  NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));  // NaN where nothing is written
-  args.output = output.data();
-  launch_few_rows(nullptr, segments[0].layout, second, args, launch);
   NIBBLE_CUDA(cudaDeviceSynchronize());
-  const std::vector<float> parts = output.download();
-
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const Segment& segment = segments[i];
-    // Weights may be rounded to 11 bits; f32 sums of `columns` products add little to that.
-    const double tolerance = std::exp2(-11) + columns * std::exp2(-24);
-    quant::QuantType type{};
-    visit_layout(segment.layout, [&](auto layout) { type = decltype(layout)::type::kSource; });
-    const auto& traits = quant::quant_traits(type);
-    const size_t row_bytes = quant::row_bytes(type, columns);
-    std::vector<float> weights(columns);
-    for (uint32_t n = 0; n < segment.rows; ++n) {
-      traits.dequantize(std::span(blocks[i]).subspan(n * row_bytes, row_bytes), weights);
-      for (uint32_t row = 0; row < rows; ++row) {
-        double expected = 0, magnitude = 0, actual = 0;
-        for (uint32_t k = 0; k < columns; ++k) {
-          const double product = double(weights[k]) * x[size_t(row) * columns + k];
-          expected += product;
-          magnitude += std::abs(product);
+  const auto launch_for = [&](WeightStorage storage) {
+    return choose_few_rows(test::device_shape(), segments[0].layout, segments[0].rows, second,
+                           two ? segments[1].rows : 0, columns, rows, storage);
+  };
+  const auto parts_of = [&](WeightStorage storage) {
+    const FewRowsLaunch launch = launch_for(storage);
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const Segment& segment = segments[i];
+      args.weights[i] = {packed[i].data(), segment.rows, i ? segments[0].rows : 0};
+      if (storage == WeightStorage::kPacked) continue;
+      args.weights[i].data = raw[i].data();
+      args.weights[i].row_bytes = blocks[i].size() / segment.rows;
+    }
+    DeviceArray<float> output(size_t(launch.parts()) * rows * args.output_stride);
+    NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));  // NaN: nothing written
+    args.output = output.data();
+    launch_few_rows(nullptr, segments[0].layout, second, args, launch);
+    NIBBLE_CUDA(cudaDeviceSynchronize());
+    return output.download();
+  };
+  const auto expect_right = [&](const std::vector<float>& parts) {
+    const uint32_t count = uint32_t(parts.size() / rows / args.output_stride);
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const Segment& segment = segments[i];
+      // Weights may be rounded to 11 bits; f32 sums of `columns` products add little to that.
+      const double tolerance = std::exp2(-11) + columns * std::exp2(-24);
+      quant::QuantType type{};
+      visit_layout(segment.layout, [&](auto layout) { type = decltype(layout)::type::kSource; });
+      const auto& traits = quant::quant_traits(type);
+      const size_t row_bytes = quant::row_bytes(type, columns);
+      std::vector<float> weights(columns);
+      for (uint32_t n = 0; n < segment.rows; ++n) {
+        traits.dequantize(std::span(blocks[i]).subspan(n * row_bytes, row_bytes), weights);
+        for (uint32_t row = 0; row < rows; ++row) {
+          double expected = 0, magnitude = 0, actual = 0;
+          for (uint32_t k = 0; k < columns; ++k) {
+            const double product = double(weights[k]) * x[size_t(row) * columns + k];
+            expected += product;
+            magnitude += std::abs(product);
+          }
+          for (uint32_t part = 0; part < count; ++part)
+            actual += parts[(size_t(part) * rows + row) * args.output_stride +
+                            args.weights[i].first_output + n];
+          ASSERT_LE(std::abs(actual - expected), tolerance * magnitude)
+              << "segment " << i << ", output " << n << ", row " << row;
         }
-        for (uint32_t part = 0; part < launch.parts(); ++part)
-          actual += parts[(size_t(part) * rows + row) * args.output_stride +
-                          args.weights[i].first_output + n];
-        ASSERT_LE(std::abs(actual - expected), tolerance * magnitude)
-            << "segment " << i << ", output " << n << ", row " << row;
       }
     }
-  }
+  };
+  const std::vector<float> from_tiles = parts_of(WeightStorage::kPacked);
+  expect_right(from_tiles);
+  // The same additions, unless blocks leave less room for activations.
+  const std::vector<float> from_blocks = parts_of(WeightStorage::kDirect);
+  if (from_blocks.size() != from_tiles.size()) return expect_right(from_blocks);
+  EXPECT_TRUE(from_blocks == from_tiles);
 }
 
 constexpr LayoutId kAll[] = {LayoutId::kQ4,          LayoutId::kQ5,  LayoutId::kQ6,  LayoutId::kQ8,

@@ -51,7 +51,7 @@ ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, Layo
 
 // output[r][first_output + n] = scales[r] * sum over k of weights[n][k] * activations[r][k]
 struct ManyRowsArgs {
-  PackedRows weights;
+  WeightRows weights;
   ActivationBlocks activations;
   const float* scales;  // [rows]; null: ones
   float* output;        // [rows, output_stride]

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMmaThreads)
   const uint32_t row_tiles = (args.weights.rows + kTileRows - 1) / kTileRows;
   const Layout* tiles[kWarpTiles];
   for (uint32_t i = 0; i < kWarpTiles; ++i) {
-    tiles[i] = static_cast<const Layout*>(args.weights.tiles) +
+    tiles[i] = static_cast<const Layout*>(args.weights.data) +
                uint64_t(min(first_tile + i, row_tiles - 1)) * depth;
   }
 

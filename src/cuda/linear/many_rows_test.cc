@@ -195,6 +195,7 @@ TEST(ManyRows, BringsActivationsToItsOrder) {
   const DeviceArray<uint16_t> from(few);
   ActivationBlocks to = {nullptr, kRows, kColumns / kTileColumns};
   const DeviceArray<uint16_t> blocks(to.size());
+  NIBBLE_CUDA(cudaMemset(blocks.data(), 0, blocks.size() * sizeof(uint16_t)));
   to.values = blocks.data();
   launch_block_activations(nullptr, {from.data(), nullptr, kRows, to.column_tiles}, to);
   NIBBLE_CUDA(cudaDeviceSynchronize());

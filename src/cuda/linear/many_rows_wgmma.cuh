@@ -133,7 +133,7 @@ class WgmmaBlock {
 
   __device__ __forceinline__ void produce_weights(uint32_t lane) {
     const uint32_t row_tiles = (args_.weights.rows + kTileRows - 1) / kTileRows;
-    const Layout* const tiles = static_cast<const Layout*>(args_.weights.tiles);
+    const Layout* const tiles = static_cast<const Layout*>(args_.weights.data);
     RingPlace<Shape::kWeightStages> place;
     Segments segments(launch_, depth_);
     for (Segment segment; segments.next(segment);) {

@@ -8,7 +8,8 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr uint64_t kSlabBytes = uint64_t{32} << 20;  // or one page, if that is larger
+// Or one page, if that is larger. Enough for several, as the driver rounds each up to 2 MiB.
+constexpr uint64_t kSlabBytes = uint64_t{64} << 20;
 
 }  // namespace
 

@@ -15,19 +15,23 @@ namespace {
 
 using backend::Weight;
 using backend::WeightSegment;
+using backend::WeightStorage;
 
-constexpr uint64_t kAlignment = 256;                   // of a run's tiles
+constexpr uint64_t kAlignment = 256;                   // of a run
 constexpr uint64_t kStagingBytes = uint64_t{8} << 20;  // that a thread copies at a time
 constexpr uint32_t kMaxThreads = 8;                    // more do not fill the bus better
 
-// Rows of a segment that are copied and packed together.
+// Rows of a segment that are copied together, and packed if they are not yet as they shall be.
 struct Chunk {
   const WeightSegment* segment;
   LayoutId layout;
   uint32_t columns;
   uint32_t first_row;  // of the segment, a multiple of kTileRows
   uint32_t rows;
-  std::byte* tiles;  // of the segment
+  std::byte* stored;  // the segment
+  WeightStorage storage;
+
+  bool must_pack() const { return storage == WeightStorage::kPacked && !segment->packed; }
 };
 
 // What 16 rows are on their way to the device: tiles of a packed model, else blocks.
@@ -36,21 +40,21 @@ uint64_t row_tile_bytes(const WeightSegment& segment, uint32_t columns) {
   return kTileRows * quant::row_bytes(packed_from(segment.type), columns);
 }
 
-std::vector<Chunk> chunks_of(const Arrangement& arrangement, std::byte* memory,
-                             uint64_t staging_bytes) {
+std::vector<Chunk> chunks_of(const Arrangement& arrangement, WeightStorage storage,
+                             std::byte* memory, uint64_t staging_bytes) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < arrangement.runs.size(); ++i) {
     const uint32_t columns = arrangement.distinct[i]->columns;
     for (const Run& run : arrangement.runs[i]) {
-      std::byte* tiles = memory + run.offset;
+      std::byte* stored = memory + run.offset;
       for (const WeightSegment* segment : run.segments) {
         const uint32_t most =
             uint32_t(staging_bytes / row_tile_bytes(*segment, columns)) * kTileRows;
         for (uint32_t first = 0; first < segment->rows; first += most) {
-          chunks.push_back(
-              {segment, run.layout, columns, first, std::min(most, segment->rows - first), tiles});
+          chunks.push_back({segment, run.layout, columns, first,
+                            std::min(most, segment->rows - first), stored, storage});
         }
-        tiles += packed_bytes(run.layout, segment->rows, columns);
+        stored += stored_bytes(run.layout, segment->rows, columns, storage);
       }
     }
   }
@@ -93,21 +97,23 @@ class Lane {
     Slot& slot = slots_[next_];
     next_ ^= 1;
     NIBBLE_CUDA(cudaEventSynchronize(slot.free));
+    const auto stored = [&](uint32_t rows) {
+      return stored_bytes(chunk.layout, rows, chunk.columns, chunk.storage);
+    };
+    const uint64_t offset = stored(chunk.first_row);
+    uint64_t bytes = stored(chunk.rows);
     if (chunk.segment->packed) {
-      const uint64_t offset = packed_bytes(chunk.layout, chunk.first_row, chunk.columns);
-      const uint64_t bytes = packed_bytes(chunk.layout, chunk.rows, chunk.columns);
       std::memcpy(slot.host, &chunk.segment->data[offset], bytes);
-      NIBBLE_CUDA(
-          cudaMemcpyAsync(chunk.tiles + offset, slot.host, bytes, cudaMemcpyHostToDevice, stream_));
     } else {
+      bytes = chunk.rows * quant::row_bytes(packed_from(chunk.segment->type), chunk.columns);
       read_blocks(*chunk.segment, chunk.columns, chunk.first_row, chunk.rows,
                   static_cast<std::byte*>(slot.host));
-      const uint64_t bytes =
-          chunk.rows * quant::row_bytes(packed_from(chunk.segment->type), chunk.columns);
-      NIBBLE_CUDA(
-          cudaMemcpyAsync(slot.device.data(), slot.host, bytes, cudaMemcpyHostToDevice, stream_));
-      pack_on_device(stream_, chunk.layout, slot.device.data(), chunk.rows, chunk.columns,
-                     chunk.first_row / kTileRows, chunk.tiles);
+    }
+    void* const to = chunk.must_pack() ? slot.device.data() : chunk.stored + offset;
+    NIBBLE_CUDA(cudaMemcpyAsync(to, slot.host, bytes, cudaMemcpyHostToDevice, stream_));
+    if (chunk.must_pack()) {
+      pack_on_device(stream_, chunk.layout, to, chunk.rows, chunk.columns,
+                     chunk.first_row / kTileRows, chunk.stored);
     }
     NIBBLE_CUDA(cudaEventRecord(slot.free, stream_));
   }
@@ -158,9 +164,12 @@ void load(const std::vector<Chunk>& chunks, uint64_t staging, const Progress& pr
 }
 
 // Pairs runs that one kernel takes together; the others get one each.
-std::vector<MatrixPart> parts_of(const std::vector<Run>& runs, const std::byte* memory) {
+std::vector<MatrixPart> parts_of(const std::vector<Run>& runs, uint32_t columns,
+                                 WeightStorage storage, const std::byte* memory) {
   const auto rows = [&](const Run& run) {
-    return PackedRows{memory + run.offset, run.rows, run.first_row};
+    const bool direct = storage == WeightStorage::kDirect;
+    return WeightRows{memory + run.offset, run.rows, run.first_row,
+                      direct ? stored_bytes(run.layout, 1, columns, storage) : 0};
   };
   std::vector<MatrixPart> parts;
   std::vector<bool> taken(runs.size());
@@ -185,21 +194,24 @@ std::vector<MatrixPart> parts_of(const std::vector<Run>& runs, const std::byte* 
 
 }  // namespace
 
-uint64_t packed_bytes(const backend::Plan& plan) {
-  return Arrangement(plan, kAlignment).bytes;
+uint64_t stored_bytes(const backend::Plan& plan, WeightStorage storage) {
+  return Arrangement(plan, kAlignment, storage).bytes;
 }
 
-DeviceWeights::DeviceWeights(const backend::Plan& plan, const Progress& progress) {
-  const Arrangement arrangement(plan, kAlignment);
+DeviceWeights::DeviceWeights(const backend::Plan& plan, WeightStorage storage,
+                             const Progress& progress) {
+  const Arrangement arrangement(plan, kAlignment, storage);
   memory_ = DeviceArray<std::byte>(arrangement.bytes);
   const uint64_t staging = staging_bytes(plan);
-  load(chunks_of(arrangement, memory_.data(), staging), staging, progress);
+  load(chunks_of(arrangement, storage, memory_.data(), staging), staging, progress);
   for (size_t i = 0; i < plan.weights.size(); ++i) {
     const std::vector<Run>& runs = arrangement.runs[arrangement.of_weight[i]];
     const Weight& weight = plan.weights[i];
     uint64_t bytes = 0;
-    for (const Run& run : runs) bytes += packed_bytes(run.layout, run.rows, weight.columns);
-    matrices_.push_back({weight.rows(), weight.columns, bytes, parts_of(runs, memory_.data())});
+    for (const Run& run : runs)
+      bytes += stored_bytes(run.layout, run.rows, weight.columns, storage);
+    matrices_.push_back({weight.rows(), weight.columns, bytes,
+                         parts_of(runs, weight.columns, storage, memory_.data())});
   }
 }
 

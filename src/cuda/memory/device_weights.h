@@ -1,5 +1,5 @@
 #pragma once
-// A plan's matrices, packed into this room's layouts in device memory.
+// A plan's matrices in device memory: packed into this room's layouts, or as the file has them.
 
 #include <cstddef>
 #include <cstdint>
@@ -18,24 +18,28 @@ namespace nibble::cuda {
 struct MatrixPart {
   LayoutId first;
   std::optional<LayoutId> second;
-  PackedRows rows[2];
+  WeightRows rows[2];
+
+  LayoutId layout(uint32_t i) const { return i == 0 ? first : *second; }
 };
 
 struct DeviceMatrix {
   uint32_t rows;
   uint32_t columns;
-  uint64_t bytes;  // packed
+  uint64_t bytes;
   std::vector<MatrixPart> parts;
 };
 
 // Bytes of device memory that DeviceWeights takes for the plan.
-uint64_t packed_bytes(const backend::Plan& plan);
+uint64_t stored_bytes(const backend::Plan& plan, backend::WeightStorage storage);
 
 class DeviceWeights {
  public:
-  // Copies and packs the plan's weights, several threads side by side. Throws
-  // Error(kUnsupported) that names a tensor with values beyond f16's range.
-  DeviceWeights(const backend::Plan& plan, const Progress& progress);
+  // Copies the plan's weights and packs them if `storage` says so, several threads side by side.
+  // Throws Error(kUnsupported) that names a tensor with values beyond f16's range. Weights that
+  // are packed already can't be stored directly.
+  DeviceWeights(const backend::Plan& plan, backend::WeightStorage storage,
+                const Progress& progress);
 
   const DeviceMatrix& matrix(backend::WeightId id) const { return matrices_[id.value]; }
   uint64_t bytes() const { return memory_.size(); }

@@ -12,6 +12,7 @@
 namespace nibble::cuda {
 namespace {
 
+using backend::WeightStorage;
 using quant::QuantType;
 
 struct Tensor {
@@ -26,15 +27,23 @@ struct Tensor {
   backend::WeightSegment segment() const { return {"a tensor", type, rows, bytes}; }
 };
 
-// The values of a matrix as the device has them, by downloading its tiles.
+// The values of a matrix as the device has them, by downloading its tiles or blocks.
 std::vector<float> unpacked(const DeviceMatrix& matrix) {
   std::vector<float> values(size_t(matrix.rows) * matrix.columns);
-  const auto take = [&](LayoutId id, const PackedRows& rows) {
+  const auto take = [&](LayoutId id, const WeightRows& rows) {
     visit_layout(id, [&](auto layout) {
       using Layout = typename decltype(layout)::type;
+      if (rows.row_bytes > 0) {
+        std::vector<std::byte> blocks(rows.rows * rows.row_bytes);
+        NIBBLE_CUDA(cudaMemcpy(blocks.data(), rows.data, blocks.size(), cudaMemcpyDeviceToHost));
+        const std::span to(&values[size_t(rows.first_output) * matrix.columns],
+                           size_t(rows.rows) * matrix.columns);
+        quant::quant_traits(Layout::kSource).dequantize(blocks, to);
+        return;
+      }
       const TileGrid grid(rows.rows, matrix.columns);
       std::vector<Layout> tiles(grid.tiles());
-      NIBBLE_CUDA(cudaMemcpy(tiles.data(), rows.tiles, tiles.size() * sizeof(Layout),
+      NIBBLE_CUDA(cudaMemcpy(tiles.data(), rows.data, tiles.size() * sizeof(Layout),
                              cudaMemcpyDeviceToHost));
       for (uint32_t r = 0; r < rows.rows; ++r) {
         for (uint32_t c = 0; c < matrix.columns; ++c) {
@@ -52,7 +61,12 @@ std::vector<float> unpacked(const DeviceMatrix& matrix) {
   return values;
 }
 
-TEST(DeviceWeights, HoldEveryTypesValuesAndShareWhatIsTheSame) {
+class StoredWeights : public testing::TestWithParam<WeightStorage> {};
+INSTANTIATE_TEST_SUITE_P(, StoredWeights,
+                         testing::Values(WeightStorage::kPacked, WeightStorage::kDirect),
+                         [](const auto& info) { return std::string(to_string(info.param)); });
+
+TEST_P(StoredWeights, HaveEveryTypesValuesAndShareWhatIsTheSame) {
   NIBBLE_NEEDS_GPU();
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE(seed);
@@ -73,15 +87,15 @@ TEST(DeviceWeights, HoldEveryTypesValuesAndShareWhatIsTheSame) {
   plan.weights.push_back(fused);
 
   uint64_t last = 0, total = 0;
-  const DeviceWeights weights(plan, [&](std::string_view, uint64_t done, uint64_t of) {
+  const DeviceWeights weights(plan, GetParam(), [&](std::string_view, uint64_t done, uint64_t of) {
     EXPECT_GE(done, last);
     last = done;
     total = of;
   });
   EXPECT_EQ(last, total);
-  EXPECT_EQ(weights.bytes(), packed_bytes(plan));
+  EXPECT_EQ(weights.bytes(), stored_bytes(plan, GetParam()));
   const DeviceMatrix& first = weights.matrix({uint32_t(n)});
-  EXPECT_EQ(first.parts[0].rows[0].tiles, weights.matrix({uint32_t(n + 1)}).parts[0].rows[0].tiles);
+  EXPECT_EQ(first.parts[0].rows[0].data, weights.matrix({uint32_t(n + 1)}).parts[0].rows[0].data);
   EXPECT_EQ(first.parts.size(), 2u);  // two runs of Q6_K, one of them beside the one of Q4_K
 
   for (size_t i = 0; i < plan.weights.size(); ++i) {
@@ -128,7 +142,8 @@ TEST(DeviceWeights, TakePackedTilesAsTheyAre) {
       segment.packed = true;
     }
   }
-  const DeviceWeights from_file(plan, {}), from_packed(packed, {});
+  const DeviceWeights from_file(plan, WeightStorage::kPacked, {}),
+      from_packed(packed, WeightStorage::kPacked, {});
   EXPECT_EQ(from_packed.bytes(), from_file.bytes());
   for (uint32_t i = 0; i < plan.weights.size(); ++i)
     EXPECT_EQ(unpacked(from_packed.matrix({i})), unpacked(from_file.matrix({i}))) << i;
@@ -141,7 +156,7 @@ TEST(DeviceWeights, RefuseWhatF16CannotHold) {
   plan.weights.push_back(
       {256, {{"blk.0.large", QuantType::kF32, 1, std::as_bytes(std::span(values))}}});
   try {
-    const DeviceWeights weights(plan, {});
+    const DeviceWeights weights(plan, WeightStorage::kPacked, {});
     FAIL() << "took it";
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::kUnsupported);
