@@ -1,12 +1,15 @@
-// Decode attention as a step starts it: layers of the 31B model one after the other in a graph,
-// launches included, alone and between the matrices that stand around it. Layers have pages of
-// their own, more than the L2 cache holds. Results are checked by attention_test.
+// Attention as a step starts it: layers of the 31B model one after the other in a graph, launches
+// included; decode alone and between the matrices that stand around it. Layers have pages of their
+// own, more than the L2 cache holds. Results are checked by attention_test.
+//
+//   cuda_attention_bench [--decode] [--prefill] [--mma]
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <string_view>
 #include <vector>
 
 #include "cuda/attention/attention.h"
@@ -21,8 +24,10 @@ using namespace nibble::cuda;
 using backend::kKvPageTokens;
 
 constexpr double kPeakGbPerS = 3089;  // reading alone, this card: docs/measurements/decode.md
+constexpr double kPeakTflops = 790;   // an 8192^3 bf16 product, this card
 constexpr size_t kRotateBytes = size_t(400) << 20;
 constexpr uint32_t kHidden = 5376;
+MatrixUnit unit;  // that prefill is measured on
 
 // Numbers in [-2, 2), no two neighbours alike.
 __global__ void fill_f16(uint16_t* to, size_t count) {
@@ -114,89 +119,126 @@ struct Model {
   bool value_is_key;
 };
 
-void measure(const Model& model, uint32_t context, uint32_t rows) {
-  const uint32_t multiprocessors = device_shape().multiprocessors;
+// A layer's attention in a step of `sequences` sequences that are `context` long when it ends, with
+// `tokens` rows each; and enough copies of the layer's pages that the L2 cache does not hold them.
+class Attention {
+ public:
+  Attention(const Model& model, uint32_t context, uint32_t sequences, uint32_t tokens,
+            uint32_t parts)
+      : shape_(model.shape),
+        rows_(sequences * tokens),
+        column_tiles_(shape_.query_width() / kTileColumns) {
+    const uint32_t visible = model.window ? std::min(model.window + tokens - 1, context) : context;
+    const uint32_t pages = visible / kKvPageTokens + 2;
+    half_page_ = uint64_t(shape_.kv_width()) * kKvPageTokens * 2;
+    const uint64_t layer_bytes = sequences * pages * 2 * half_page_;
+    layers_ = uint32_t(std::max<uint64_t>(2, kRotateBytes / layer_bytes));
+    const uint64_t page_bytes = layers_ * 2 * half_page_;
+
+    pool_ = DeviceArray<char>(sequences * pages * page_bytes);
+    fill_f16<<<1024, 256>>>(reinterpret_cast<uint16_t*>(pool_.data()), pool_.size() / 2);
+    const uint32_t stride = context / kKvPageTokens + 1;
+    std::vector<uint64_t> table(sequences * stride, 0);
+    std::vector<RowPlace> places;
+    for (uint32_t s = 0; s < sequences; ++s) {
+      for (uint32_t i = 0; i < tokens; ++i) places.push_back({context - tokens + i, s});
+      for (uint32_t i = 0; i < stride; ++i)
+        table[s * stride + i] =
+            reinterpret_cast<uint64_t>(pool_.data()) + (s * pages + i % pages) * page_bytes;
+    }
+    table_ = DeviceArray<uint64_t>(std::span<const uint64_t>(table));
+    places_ = DeviceArray<RowPlace>(std::span<const RowPlace>(places));
+    std::vector<float> sums(size_t(parts) * rows_ * sums_width(model));
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] = float(i * 7919 % 1024) / 512 - 1;
+    sums_ = DeviceArray<float>(std::span<const float>(sums));
+    std::vector<float> frequencies(shape_.head_dim / 2);
+    for (uint32_t i = 0; i < frequencies.size(); ++i)
+      frequencies[i] = model.window || i < shape_.head_dim / 8
+                           ? std::pow(1e4f, -2.0f * float(i) / float(shape_.head_dim))
+                           : 0.0f;
+    frequencies_ = DeviceArray<float>(std::span<const float>(frequencies));
+    values_ = DeviceArray<uint16_t>(size_t(rows_) * shape_.query_width());
+    means_ = DeviceArray<ActivationMeans>(size_t(rows_) * column_tiles_);
+    const DeviceShape device = device_shape();
+    split_parts_ = DeviceArray<SplitPart>(most_split_parts(device.multiprocessors));
+    NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
+    launch_ = choose_attention(device, unit, shape_, rows_, tokens == 1 ? rows_ : 0);
+    workspace_ = DeviceArray<char>(attention_workspace_bytes(shape_, launch_));
+
+    layer_.shape = shape_;
+    layer_.window = model.window;
+    layer_.scale = 1;
+    layer_.value_is_key = model.value_is_key;
+    layer_.query_norm = layer_.key_norm = layer_.value_norm = {true, 1e-6f, nullptr};
+    layer_.inverse_frequencies = frequencies_.data();
+    layer_.format = backend::KvFormat::kF16;
+    args_ = {places_.data(),    {table_.data(), stride}, sums_.data(),        parts,
+             sums_width(model), workspace_.data(),       split_parts_.data(), output()};
+  }
+
+  static uint32_t sums_width(const Model& model) {
+    return model.shape.query_width() + (model.value_is_key ? 1 : 2) * model.shape.kv_width();
+  }
+  const AttentionLaunch& launch() const { return launch_; }
+  uint32_t layers() const { return layers_; }
+  uint32_t sums_size() const { return uint32_t(sums_.size()); }
+  ActivationRows output() const { return {values_.data(), means_.data(), rows_, column_tiles_}; }
+
+  void start(cudaStream_t stream, uint32_t i) {
+    layer_.key_offset = i % layers_ * 2 * half_page_;
+    layer_.value_offset = layer_.key_offset + half_page_;
+    launch_attention(stream, layer_, launch_, args_);
+  }
+
+ private:
+  backend::AttentionShape shape_;
+  uint32_t rows_, column_tiles_, layers_;
+  uint64_t half_page_;
+  AttentionLaunch launch_;
+  AttentionLayer layer_ = {};
+  AttentionArgs args_;
+  DeviceArray<char> pool_, workspace_;
+  DeviceArray<uint64_t> table_;
+  DeviceArray<RowPlace> places_;
+  DeviceArray<float> sums_, frequencies_;
+  DeviceArray<SplitPart> split_parts_;
+  DeviceArray<uint16_t> values_;
+  DeviceArray<ActivationMeans> means_;
+};
+
+// Microseconds that a layer takes, of `launches` or more in a row.
+double time_alone(Attention& attention, uint32_t least) {
+  const uint32_t layers = attention.layers();
+  const uint32_t launches = std::max(layers, least) / layers * layers;
+  return time_graph([&](cudaStream_t stream) {
+           for (uint32_t i = 0; i < launches; ++i) attention.start(stream, i);
+         }) /
+         launches;
+}
+
+void measure_decode(const Model& model, uint32_t context, uint32_t rows) {
   const backend::AttentionShape& shape = model.shape;
   const uint32_t visible = model.window ? std::min(model.window, context) : context;
-  const uint32_t pages = visible / kKvPageTokens + 2;
-  const uint64_t half_page = uint64_t(shape.kv_width()) * kKvPageTokens * 2;
-  const uint64_t layer_bytes = rows * pages * 2 * half_page;
-  const uint32_t layers = uint32_t(std::max<uint64_t>(2, kRotateBytes / layer_bytes));
-  const uint64_t page_bytes = layers * 2 * half_page;
-
-  const DeviceArray<char> pool(rows * pages * page_bytes);
-  fill_f16<<<1024, 256>>>(reinterpret_cast<uint16_t*>(pool.data()), pool.size() / 2);
-  const uint32_t stride = context / kKvPageTokens + 1;
-  std::vector<uint64_t> table(rows * stride, 0);
-  std::vector<RowPlace> places;
-  for (uint32_t row = 0; row < rows; ++row) {
-    places.push_back({context - 1, row});
-    for (uint32_t i = 0; i < stride; ++i)
-      table[row * stride + i] =
-          reinterpret_cast<uint64_t>(pool.data()) + (row * pages + i % pages) * page_bytes;
-  }
-  const DeviceArray<uint64_t> device_table{std::span<const uint64_t>(table)};
-  const DeviceArray<RowPlace> device_places{std::span<const RowPlace>(places)};
   constexpr uint32_t kMatrices = 12;  // 900 MB
-  const uint32_t sums_stride =
-      shape.query_width() + (model.value_is_key ? 1 : 2) * shape.kv_width();
-  const Matrices before(sums_stride, kHidden, kMatrices);
+  const Matrices before(Attention::sums_width(model), kHidden, kMatrices);
   const Matrices after(kHidden, shape.query_width(), kMatrices);
-  const uint32_t parts = before.launch(rows).parts();
-  std::vector<float> host_sums(parts * rows * sums_stride);
-  for (size_t i = 0; i < host_sums.size(); ++i) host_sums[i] = float(i * 7919 % 1024) / 512 - 1;
-  const DeviceArray<float> sums{std::span<const float>(host_sums)};
-  const DeviceArray<float> other_sums(host_sums.size());
+  Attention attention(model, context, rows, 1, before.launch(rows).parts());
+  const DeviceArray<float> other_sums(attention.sums_size());
   const DeviceArray<float> outputs(size_t(after.launch(rows).parts()) * rows * kHidden);
-  std::vector<float> host_frequencies(shape.head_dim / 2);
-  for (uint32_t i = 0; i < host_frequencies.size(); ++i)
-    host_frequencies[i] = model.window || i < shape.head_dim / 8
-                              ? std::pow(1e4f, -2.0f * float(i) / float(shape.head_dim))
-                              : 0.0f;
-  const DeviceArray<float> frequencies{std::span<const float>(host_frequencies)};
-  const AttentionLaunch launch = choose_attention(multiprocessors, shape, rows, rows);
-  const DeviceArray<SplitPart> split_parts(most_split_parts(multiprocessors));
-  NIBBLE_CUDA(cudaMemset(split_parts.data(), 0xff, split_parts.size() * sizeof(SplitPart)));
-  const uint32_t column_tiles = shape.query_width() / kTileColumns;
-  const DeviceArray<uint16_t> values(size_t(rows) * shape.query_width());
-  const DeviceArray<ActivationMeans> means(size_t(rows) * column_tiles);
-  const ActivationRows attended = {values.data(), means.data(), rows, column_tiles};
   const DeviceArray<uint16_t> normed_values(size_t(rows) * kHidden);
   const DeviceArray<ActivationMeans> normed_means(size_t(rows) * kHidden / kTileColumns);
   NIBBLE_CUDA(cudaMemset(normed_values.data(), 0, normed_values.size() * 2));
   const ActivationRows normed = {normed_values.data(), normed_means.data(), rows,
                                  kHidden / kTileColumns};
 
-  AttentionLayer layer = {};
-  layer.shape = shape;
-  layer.window = model.window;
-  layer.scale = 1;
-  layer.value_is_key = model.value_is_key;
-  layer.query_norm = layer.key_norm = layer.value_norm = {true, 1e-6f, nullptr};
-  layer.inverse_frequencies = frequencies.data();
-  layer.format = backend::KvFormat::kF16;
-  const AttentionArgs args = {device_places.data(), {device_table.data(), stride},
-                              sums.data(),          parts,
-                              sums_stride,          nullptr,
-                              split_parts.data(),   attended};
-
-  const auto attend = [&](cudaStream_t stream, uint32_t i) {
-    layer.key_offset = i % layers * 2 * half_page;
-    layer.value_offset = layer.key_offset + half_page;
-    launch_attention(stream, layer, launch, args);
-  };
-  const uint32_t launches = std::max(layers, 24u) / layers * layers;
-  const double us = time_graph([&](cudaStream_t stream) {
-                      for (uint32_t i = 0; i < launches; ++i) attend(stream, i);
-                    }) /
-                    launches;
+  const double us = time_alone(attention, 24);
   // Its matrices write sums that attention does not read: those here are fit to be attended to.
   const auto time_chain = [&](bool with_attention) {
     return time_graph([&](cudaStream_t stream) {
              for (uint32_t i = 0; i < 2 * kMatrices; ++i) {
                before.multiply(stream, i % kMatrices, normed, other_sums.data());
-               if (with_attention) attend(stream, i);
-               after.multiply(stream, i % kMatrices, attended, outputs.data());
+               if (with_attention) attention.start(stream, i);
+               after.multiply(stream, i % kMatrices, attention.output(), outputs.data());
              }
            }) /
            (2 * kMatrices);
@@ -205,29 +247,65 @@ void measure(const Model& model, uint32_t context, uint32_t rows) {
   const double bytes = double(rows) * visible * shape.kv_width() * 4;  // keys and values in f16
   std::printf("| %-7s | %6u | %2u | %8.2f | %5.0f | %5.1f %% | %8.2f | %8.2f | %2u |\n", model.name,
               context, rows, us, bytes / us / 1e3, bytes / us / 10 / kPeakGbPerS, between_us,
-              bytes / 1e6, launch.splits);
+              bytes / 1e6, attention.launch().splits);
+  std::fflush(stdout);
+}
+
+void measure_prefill(const Model& model, uint32_t context, uint32_t tokens) {
+  Attention attention(model, context, 1, tokens, 1);
+  const double us = time_alone(attention, 4);
+  double keys = 0;  // that the queries see
+  for (uint32_t i = 0; i < tokens; ++i)
+    keys += model.window ? std::min(model.window, context - i) : context - i;
+  const double tflops = keys * model.shape.query_width() * 4 / us / 1e6;
+  std::printf("| %-7s | %6u | %4u | %9.1f | %5.0f | %5.1f %% |\n", model.name, context, tokens, us,
+              tflops, tflops * 100 / kPeakTflops);
   std::fflush(stdout);
 }
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
     std::printf("no CUDA device: nothing to measure\n");
     return 0;
   }
-  std::printf("%s, %d multiprocessors; 100 %% = %.0f GB/s\n\n", properties.name,
-              properties.multiProcessorCount, kPeakGbPerS);
-  std::printf(
-      "| layer | context | rows | us | GB/s | of peak | us it adds to its matrices | MB | splits "
-      "|\n"
-      "|---|---|---|---|---|---|---|---|---|\n");
+  const std::vector<std::string_view> options(arguments + 1, arguments + count);
+  const auto has = [&](std::string_view option) {
+    return std::find(options.begin(), options.end(), option) != options.end();
+  };
+  const bool all = !has("--decode") && !has("--prefill");
+  unit = has("--mma") ? MatrixUnit::kMma : matrix_unit(uint32_t(properties.major));
+  std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
   const Model sliding{"sliding", {32, 16, 256}, 1024, false}, full{"full", {32, 4, 512}, 0, true};
-  for (const uint32_t rows : {1u, 4u, 8u}) {
-    for (const uint32_t context : {512u, 8192u}) measure(sliding, context, rows);
-    for (const uint32_t context : {512u, 8192u, 32768u, 130048u})
-      if (rows == 1 || context <= 8192) measure(full, context, rows);
+
+  if (all || has("--decode")) {
+    std::printf(
+        "\n100 %% = %.0f GB/s\n\n"
+        "| layer | context | rows | us | GB/s | of peak | us it adds to its matrices | MB | splits "
+        "|\n"
+        "|---|---|---|---|---|---|---|---|---|\n",
+        kPeakGbPerS);
+    for (const uint32_t rows : {1u, 4u, 8u}) {
+      for (const uint32_t context : {512u, 8192u}) measure_decode(sliding, context, rows);
+      for (const uint32_t context : {512u, 8192u, 32768u, 130048u})
+        if (rows == 1 || context <= 8192) measure_decode(full, context, rows);
+    }
+  }
+  if (all || has("--prefill")) {
+    std::printf(
+        "\n100 %% = %.0f TFLOP/s\n\n"
+        "| layer | context | rows | us | TFLOP/s | of peak |\n"
+        "|---|---|---|---|---|---|\n",
+        kPeakTflops);
+    for (const uint32_t tokens : {512u, 2048u}) {
+      for (const uint32_t context : {512u, 2048u, 8192u, 32768u, 130048u}) {
+        if (context < tokens) continue;
+        if (context <= 8192) measure_prefill(sliding, context, tokens);
+        measure_prefill(full, context, tokens);
+      }
+    }
   }
   return 0;
 }

@@ -137,6 +137,10 @@ class CudaBackend final : public Backend {
     return rows_of(inner_values_, inner_means_, inner_scales_, width, rows);
   }
   uint32_t rows() const { return inputs_.shape().rows; }
+  AttentionLaunch attention_launch(const AttentionLayer& layer) const {
+    return choose_attention(device_shape_, matrix_unit(device_.major), layer.shape, rows(),
+                            inputs_.shape().single_rows);
+  }
 
   // kind: what the profile calls it; bytes: what it must read
   template <class Launch>
@@ -457,8 +461,7 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
   Product product = multiply("q, k, v", step.qkv, normed(rows()));
   // Attention takes sums as they are: scales that may differ from 1 are applied before.
   if (!device_norm(step.norm).in_range) product = add_up(product);
-  const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
-                                                  rows(), inputs_.shape().single_rows);
+  const AttentionLaunch launch = attention_launch(layer);
   const AttentionArgs args = {.places = inputs_.places(),
                               .tables = inputs_.tables(kv_places_[step.cache.value].group),
                               .sums = product.sums.values,
@@ -654,9 +657,7 @@ Product CudaBackend::add_up(const Product& product) {
 void CudaBackend::grow_attention_workspace() {
   uint64_t bytes = 0;
   for (const auto& [step, layer] : attention_) {
-    const AttentionLaunch launch = choose_attention(device_shape_.multiprocessors, layer.shape,
-                                                    rows(), inputs_.shape().single_rows);
-    bytes = std::max(bytes, attention_workspace_bytes(layer.shape, launch));
+    bytes = std::max(bytes, attention_workspace_bytes(layer.shape, attention_launch(layer)));
   }
   if (bytes <= attention_workspace_.size()) return;
   graphs_.clear();

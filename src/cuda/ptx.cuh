@@ -101,6 +101,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// 2^x
+__device__ __forceinline__ float power_of_2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // (word & mask) | bits
 __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
   uint32_t result;

@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/linear/few_rows.h"
+#include "cuda/linear/many_rows.h"
 #include "cuda/runtime.h"
 
 namespace nibble::cuda::test {
@@ -22,6 +22,12 @@ inline DeviceShape device_shape() {
   NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
   return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
+}
+
+inline MatrixUnit matrix_unit() {
+  int major;
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  return cuda::matrix_unit(uint32_t(major));
 }
 
 }  // namespace nibble::cuda::test

@@ -9,13 +9,19 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstring>
+#include <filesystem>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "base/half.h"
 #include "conformance/real_model.h"
+#include "quant/q4_0.h"
 #include "reference/reference_backend.h"
+#include "support/small_gemma4.h"
 
 namespace nibble {
 namespace {
@@ -89,6 +95,16 @@ TEST_P(CudaBackendTest, LogitsAreTheReferences) {
   const std::vector<float> expected = prefill_fresh(*reference, tokens, kUbatch);
   for (const size_t chunk : {size_t{kUbatch}, size_t{7}, size_t{1}}) {
     const double error = relative_error(prefill_fresh(*backend_, tokens, chunk), expected);
+    EXPECT_LE(error, kHalves) << "chunks of " << chunk;
+    RecordProperty("chunk" + std::to_string(chunk), std::to_string(error));
+  }
+}
+
+// Prefill in chunks of any size, and token by token as decode runs: rounding apart, the same.
+TEST_P(CudaBackendTest, ChunksOfAnySizeAgree) {
+  const std::vector<float> expected = prefill_fresh(*backend_, tokens_, 512);
+  for (const size_t chunk : {64, 7, 1}) {
+    const double error = relative_error(prefill_fresh(*backend_, tokens_, chunk), expected);
     EXPECT_LE(error, kHalves) << "chunks of " << chunk;
     RecordProperty("chunk" + std::to_string(chunk), std::to_string(error));
   }
@@ -237,6 +253,45 @@ TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
   }
   EXPECT_EQ(kv.length(), begin.size());
   EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+}
+
+// A layer of each kind with the largest model's attention, past the window.
+TEST(CudaBackendShapes, ChunksOfAnySizeAgreeOnTheLargestModelsLayers) {
+  if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+  const uint32_t seed = std::random_device{}();
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  test::GgufBuilder builder = test::small_gemma4({.hidden = 5376,
+                                                  .ffn = 512,
+                                                  .vocabulary = 256,
+                                                  .query_heads = 32,
+                                                  .kv_heads = {16, 4},
+                                                  .head_dim_sliding = 256,
+                                                  .head_dim_full = 512,
+                                                  .window = 1024,
+                                                  .matrix_type = quant::QuantType::kQ4_0});
+  for (test::GgufBuilder::Tensor& tensor : builder.tensors) {
+    if (tensor.type != uint32_t(quant::QuantType::kQ4_0)) continue;
+    for (std::byte& byte : tensor.data) byte = std::byte(random());
+    const uint16_t scale = f32_to_f16(0.01f);
+    for (size_t at = 0; at < tensor.data.size(); at += sizeof(quant::BlockQ4_0))
+      std::memcpy(&tensor.data[at], &scale, sizeof(scale));
+  }
+  const std::string path = testing::TempDir() + "nibble_largest_layers.gguf";
+  builder.write(path);
+  const gguf::GgufFile file = gguf::GgufFile::open(path);
+  std::filesystem::remove(path);
+  const Plan plan = model::build_plan(file);
+  BackendOptions options;
+  options.ubatch = 512;
+  options.max_kv_pages = {60, 60};
+  const auto backend = cuda::make_cuda_backend(plan, options, {});
+  std::vector<TokenId> tokens(1100);
+  for (TokenId& token : tokens) token = {int32_t(random() % 256)};
+  const std::vector<float> expected = prefill_fresh(*backend, tokens, 512);
+  for (const size_t chunk : {64, 7, 1})
+    EXPECT_LE(relative_error(prefill_fresh(*backend, tokens, chunk), expected), kHalves)
+        << "chunks of " << chunk;
 }
 
 TEST(CudaBackendLong, TenThousandGreedyTokensTwice) {

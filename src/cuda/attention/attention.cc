@@ -26,7 +26,8 @@ void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
   if (launch.single_rows > 0) launch_decode_f16(stream, args);
   if (launch.rows > launch.single_rows) {
     launch_store_f16(stream, args);
-    launch_prefill_f16(stream, args);
+    const bool wgmma = launch.unit == MatrixUnit::kWgmma;
+    (wgmma ? launch_prefill_f16_wgmma : launch_prefill_f16_mma)(stream, args);
   }
 }
 

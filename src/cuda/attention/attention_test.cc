@@ -38,7 +38,7 @@ struct Reference {
 // A step over random numbers: what goes in, on both sides, and what must come out.
 class Step {
  public:
-  Step(const Layer& layer, std::vector<Part> parts, uint32_t multiprocessors, uint32_t seed)
+  Step(const Layer& layer, std::vector<Part> parts, uint32_t seed)
       : layer_(layer), parts_(std::move(parts)), random_(seed), parts_of_sums_(1 + seed % 4) {
     const backend::AttentionShape& shape = layer.shape;
     const uint32_t half_page = shape.kv_width() * kKvPageTokens;  // keys or values, in f16
@@ -50,13 +50,18 @@ class Step {
     make_pages();
     make_sums();
 
-    launch_ = choose_attention(multiprocessors, shape, uint32_t(places_.size()), single_rows_);
     column_tiles_ = (shape.query_width() + kTileColumns - 1) / kTileColumns;
     values_ = DeviceArray<uint16_t>(places_.size() * column_tiles_ * kTileColumns);
     means_ = DeviceArray<ActivationMeans>(places_.size() * column_tiles_);
-    workspace_ = DeviceArray<char>(attention_workspace_bytes(shape, launch_));
-    split_parts_ = DeviceArray<SplitPart>(most_split_parts(multiprocessors));
+    split_parts_ = DeviceArray<SplitPart>(most_split_parts(test::device_shape().multiprocessors));
     NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
+  }
+
+  // What run() starts, and on pages as they were at first.
+  void choose(const DeviceShape& device, MatrixUnit unit) {
+    launch_ = choose_attention(device, unit, layer_.shape, uint32_t(places_.size()), single_rows_);
+    workspace_ = DeviceArray<char>(attention_workspace_bytes(layer_.shape, launch_));
+    device_pool_.upload(pool_);
   }
 
   void run(cudaStream_t stream) {
@@ -96,10 +101,15 @@ class Step {
     const std::vector<uint16_t> bits = values_.download();
     const std::vector<ActivationMeans> means = means_.download();
     const std::vector<uint16_t> stored = device_pool_.download();
-    std::vector<uint16_t> expected_pool = pool_;
-    for (uint32_t row = 0; row < places_.size(); ++row) store_row(row, expected_pool);
-    expect_pages(stored, expected_pool);
-    pool_ = expected_pool;
+    if (expected_pool_.empty()) {
+      expected_pool_ = pool_;
+      for (uint32_t row = 0; row < places_.size(); ++row) store_row(row, expected_pool_);
+      for (uint32_t row = 0; row < places_.size(); ++row) {
+        for (uint32_t h = 0; h < layer_.shape.query_heads; ++h)
+          references_.push_back(attend(row, h));
+      }
+    }
+    expect_pages(stored, expected_pool_);
     for (uint32_t row = 0; row < places_.size(); ++row) expect_row(row, bits, means);
     expect_parts_unwritten();
   }
@@ -149,7 +159,6 @@ class Step {
       }
       for (uint32_t p = first * kKvPageTokens; p < parts_[s].stored; ++p) fill_position(s, p);
     }
-    device_pool_.upload(pool_);
     device_tables_ = DeviceArray<uint64_t>(std::span<const uint64_t>(addresses));
   }
   void fill_position(uint32_t s, uint32_t p) {
@@ -248,7 +257,7 @@ class Step {
     std::vector<double> scores, errors;
     double largest = -INFINITY, sum = 0;
     for (uint32_t p = first; p <= at.position; ++p) {
-      const uint16_t* key = pool_.data() + place(at.sequence, p, kv_head, key_offset_);
+      const uint16_t* key = expected_pool_.data() + place(at.sequence, p, kv_head, key_offset_);
       double score = 0, squares = 0;
       for (uint32_t d = 0; d < shape.head_dim; ++d) {
         const double product = query[d] * f16_to_f32(key[d]);
@@ -264,7 +273,7 @@ class Step {
     for (uint32_t pass = 0; pass < 2; ++pass) {
       for (uint32_t i = 0; i < scores.size(); ++i) {
         const uint16_t* value =
-            pool_.data() + place(at.sequence, first + i, kv_head, value_offset_);
+            expected_pool_.data() + place(at.sequence, first + i, kv_head, value_offset_);
         for (uint32_t d = 0; d < shape.head_dim; ++d) {
           const double v = f16_to_f32(value[d]), weight = scores[i] / sum;
           if (pass == 0) {
@@ -296,7 +305,7 @@ class Step {
     const uint32_t dim = layer_.shape.head_dim;
     double group_sum = 0;
     for (uint32_t h = 0; h < layer_.shape.query_heads; ++h) {
-      const Reference expected = attend(row, h);
+      const Reference& expected = references_[row * layer_.shape.query_heads + h];
       for (uint32_t d = 0; d < dim; ++d) {
         const uint32_t column = h * dim + d;
         const float actual =
@@ -326,7 +335,8 @@ class Step {
   float scale_;
   std::vector<RowPlace> places_;
   std::vector<uint32_t> pages_;  // [sequences, table_stride]
-  std::vector<uint16_t> pool_;
+  std::vector<uint16_t> pool_, expected_pool_;
+  std::vector<Reference> references_;  // [rows, query_heads]
   std::vector<float> sums_, query_norm_, key_norm_, frequencies_;
   DeviceArray<RowPlace> device_places_;
   DeviceArray<uint64_t> device_tables_;
@@ -337,20 +347,50 @@ class Step {
   DeviceArray<SplitPart> split_parts_;
 };
 
+// What prefill can be started with here: the device's own matrix unit, and the older one in all its
+// shapes.
+struct Kernel {
+  DeviceShape device;
+  MatrixUnit unit;
+  std::string name;
+};
+std::vector<Kernel> kernels(const backend::AttentionShape& shape) {
+  const DeviceShape device = test::device_shape();
+  std::vector<Kernel> kernels;
+  if (test::matrix_unit() == MatrixUnit::kWgmma)
+    kernels.push_back({device, MatrixUnit::kWgmma, "wgmma"});
+  uint32_t last = UINT32_MAX;
+  for (const uint32_t bytes : {device.shared_bytes_per_block, 163u << 10, 99u << 10}) {
+    const DeviceShape smaller = {device.multiprocessors,
+                                 std::min(device.shared_bytes_per_block, bytes)};
+    const uint32_t tile = choose_attention(smaller, MatrixUnit::kMma, shape, 2, 0).mma_tile;
+    if (tile == last) continue;
+    last = tile;
+    kernels.push_back({smaller, MatrixUnit::kMma, "mma, tile " + std::to_string(tile)});
+  }
+  return kernels;
+}
+
 void expect_right(const Layer& layer, const std::vector<Part>& parts) {
-  static const uint32_t multiprocessors = test::device_shape().multiprocessors;
   const uint32_t seed = std::random_device{}();
   std::string text =
       "seed " + std::to_string(seed) + ", heads " + std::to_string(layer.shape.query_heads) +
       " / " + std::to_string(layer.shape.kv_heads) + " of " + std::to_string(layer.shape.head_dim) +
       ", window " + std::to_string(layer.window) + ", stored + new:";
-  for (const Part& part : parts)
+  bool prefill = false;
+  for (const Part& part : parts) {
     text += " " + std::to_string(part.stored) + "+" + std::to_string(part.tokens);
-  SCOPED_TRACE(text);
-  Step step(layer, parts, multiprocessors, seed);
-  step.run(nullptr);
-  NIBBLE_CUDA(cudaDeviceSynchronize());
-  step.expect_right();
+    prefill = prefill || part.tokens > 1;
+  }
+  Step step(layer, parts, seed);
+  for (const Kernel& kernel : kernels(layer.shape)) {
+    SCOPED_TRACE(text + ", " + kernel.name);
+    step.choose(kernel.device, kernel.unit);
+    step.run(nullptr);
+    NIBBLE_CUDA(cudaDeviceSynchronize());
+    step.expect_right();
+    if (!prefill) break;
+  }
 }
 
 class Attention : public testing::TestWithParam<uint32_t> {
@@ -389,6 +429,18 @@ TEST_P(Attention, SessionsSideBySide) {
   expect_right(layer, {{0, 5}, {31, 2}, {200, 1}, {1000, 65}, {0, 3}, {5, 1}});
 }
 
+// Chunks of a prompt: every edge of pages, tiles of keys and windows.
+TEST_P(Attention, ChunksAtEveryEdge) {
+  const Layer full{{4, 1, GetParam()}, 0, true}, sliding{{4, 2, GetParam()}, 100, false};
+  for (const Layer& layer : {full, sliding}) {
+    for (const uint32_t stored : {0u, 1u, 31u, 32u, 97u, 127u, 128u, 130u, 400u}) {
+      for (const uint32_t tokens : {2u, 33u}) expect_right(layer, {{stored, tokens}});
+    }
+    expect_right(layer, {{0, 300}});
+    expect_right(layer, {{90, 127}, {0, 129}, {257, 2}, {640, 31}});
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(HeadDims, Attention, testing::Values(64, 128, 256, 512),
                          testing::PrintToStringParamName());
 
@@ -399,14 +451,16 @@ TEST(AttentionShapes, Large) {
   expect_right({{32, 16, 256}, 1024, false}, {{1020, 9}, {5, 1}});
   expect_right({{32, 4, 512}, 0, true}, {{3000, 1}});
   expect_right({{32, 4, 512}, 0, true}, {{2000, 1}, {60, 1}, {333, 9}});
+  expect_right({{32, 16, 256}, 1024, false}, {{1000, 40}});
+  expect_right({{32, 4, 512}, 0, true}, {{300, 20}, {0, 20}});
 }
 
 TEST(AttentionReplay, RepeatsToTheBit) {
   NIBBLE_NEEDS_GPU();
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE(seed);
-  Step step({{8, 2, 128}, 0, false}, {{700, 1}, {40, 1}, {11, 7}},
-            test::device_shape().multiprocessors, seed);
+  Step step({{8, 2, 128}, 0, false}, {{700, 1}, {40, 1}, {11, 7}}, seed);
+  step.choose(test::device_shape(), test::matrix_unit());
   step.run(nullptr);
   NIBBLE_CUDA(cudaDeviceSynchronize());
   const std::vector<uint16_t> direct = step.output_bits();
@@ -433,10 +487,10 @@ TEST(AttentionReplay, RepeatsToTheBit) {
 TEST(AttentionLimits, HeadsWithoutAKernelAreRefused) {
   AttentionLayer layer = {};
   layer.shape = {4, 2, 96};
-  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1}, {}), Error);
+  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1, MatrixUnit::kMma, 0}, {}), Error);
   layer.shape = {4, 2, 64};
   layer.format = backend::KvFormat::kF32;
-  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1}, {}), Error);
+  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1, MatrixUnit::kMma, 0}, {}), Error);
 }
 
 }  // namespace

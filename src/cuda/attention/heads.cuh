@@ -99,16 +99,20 @@ class WarpHead {
     }
   }
 
-  // As f16; chunks of 16 bytes change places by `swizzle`.
-  __device__ void store(void* row, uint32_t swizzle) const {
-    __half* const to = static_cast<__half*>(row);
-    const auto place = [&](uint32_t d) { return ((d / 8) ^ swizzle) * 8 + d % 8; };
+  // As f16, dimension d at place(d).
+  template <class Place>
+  __device__ void store(const Place& place) const {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const uint32_t at = lane_ + 32 * i;
-      to[place(at)] = __float2half_rn(low_[i]);
-      to[place(at + kHeadDim / 2)] = __float2half_rn(high_[i]);
+      const uint32_t d = lane_ + 32 * i;
+      *place(d) = __float2half_rn(low_[i]);
+      *place(d + kHeadDim / 2) = __float2half_rn(high_[i]);
     }
+  }
+  // Chunks of 16 bytes change places by `swizzle`.
+  __device__ void store(void* row, uint32_t swizzle) const {
+    __half* const to = static_cast<__half*>(row);
+    store([&](uint32_t d) { return to + ((d / 8) ^ swizzle) * 8 + d % 8; });
   }
 
  private:

@@ -18,6 +18,7 @@ struct AttentionKernelArgs {
 void launch_decode_f16(cudaStream_t stream, const AttentionKernelArgs& args);
 // The other rows: queries to the workspace, keys and values to their pages; then attention.
 void launch_store_f16(cudaStream_t stream, const AttentionKernelArgs& args);
-void launch_prefill_f16(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_prefill_f16_wgmma(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_prefill_f16_mma(cudaStream_t stream, const AttentionKernelArgs& args);
 
 }  // namespace nibble::cuda

@@ -5,6 +5,7 @@
 #include "cuda/attention/heads.cuh"
 #include "cuda/attention/keys.cuh"
 #include "cuda/attention/kv_f16.cuh"
+#include "cuda/attention/query_tiles.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/runtime.h"
 
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(kStoreWarps* kLanes)
   __syncthreads();
   ptx::wait_for_dependencies();
 
+  const QueryTiles tiles(shape);
   const uint32_t heads = shape.query_heads + 2 * shape.kv_heads;
   for (uint32_t i = threadIdx.x / kLanes; i < heads; i += kStoreWarps) {
     uint32_t index = i;
@@ -40,11 +42,15 @@ __global__ void __launch_bounds__(kStoreWarps* kLanes)
     head.load(args.step, args.launch.rows, row);
     head.finish(layer, turns);
     if (kind == HeadKind::kQuery) {
-      const uint64_t at = uint64_t(new_row) * shape.query_heads + index;
-      head.store(args.queries + at * Kv::kHeadDim, 0);
+      const uint32_t query = new_row % tiles.tile_tokens * tiles.ratio + index % tiles.ratio;
+      __half* const tile =
+          args.queries + tiles.tile(new_row / tiles.tile_tokens, index / tiles.ratio);
+      head.store([&](uint32_t dim) { return tile + tiles.in_tile(query, dim); });
     } else {
       const uint64_t offset = kind == HeadKind::kKey ? layer.key_offset : layer.value_offset;
-      head.store(page_row(page, offset, index, place.position, Kv::kRowBytes), 0);
+      __half* const to =
+          reinterpret_cast<__half*>(page_row(page, offset, index, place.position, Kv::kRowBytes));
+      head.store([&](uint32_t dim) { return to + dim; });
     }
   }
 }

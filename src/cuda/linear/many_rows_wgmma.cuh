@@ -14,6 +14,7 @@
 #include "cuda/linear/many_rows.h"
 #include "cuda/linear/many_rows_fragments.cuh"
 #include "cuda/ptx_hopper.cuh"
+#include "cuda/ring.cuh"
 
 namespace nibble::cuda {
 
@@ -83,15 +84,6 @@ class Segments {
 
  private:
   uint32_t whole_, depth_, tile_, at_, end_;
-};
-
-// A place in a ring of kStages.
-template <uint32_t kStages>
-struct RingPlace {
-  uint32_t slot = 0, round = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) slot = 0, round ^= 1;
-  }
 };
 
 #if NIBBLE_HAS_WGMMA
