@@ -19,6 +19,7 @@
 #include "cuda/linear/launch_few_rows.h"
 #include "cuda/ptx.cuh"
 #include "cuda/runtime.h"
+#include "report.h"
 
 namespace {
 
@@ -28,6 +29,7 @@ using namespace nibble::cuda;
 constexpr double kPeakGbPerS = 3089;  // reading alone, this card: docs/measurements/decode.md
 
 std::mt19937 random_bits(std::random_device{}());
+bench::Report report;
 
 float uniform(float low, float high) {
   return std::uniform_real_distribution<float>(low, high)(random_bits);
@@ -246,17 +248,26 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   NIBBLE_CUDA(cudaMemcpy(result.data(), output, outputs * 4, cudaMemcpyDeviceToHost));
   const double error = relative_error(matrix, activations, result, launch.parts());
 
+  const std::string type(quant::quant_traits(Layout::kSource).name);
   const double us = time_graph(std::max<int>(24, 2 * int(matrix.copies.size())), start);
   // Bytes that must move: weights, activations once, the parts of the result.
   const double bytes = double(matrix.bytes()) +
                        double(rows) * (matrix.columns * 2 + matrix.rows * 4.0 * launch.parts());
   std::printf(
       "| %-9s | %6u x %-5u | %-4s | %u | %8.2f | %5.0f | %5.1f %% | %s, %u chunks | %.1e%s |\n",
-      shape.name, matrix.rows, matrix.columns,
-      std::string(quant::quant_traits(Layout::kSource).name).c_str(), rows, us, bytes / us / 1e3,
+      shape.name, matrix.rows, matrix.columns, type.c_str(), rows, us, bytes / us / 1e3,
       bytes / us / 10 / kPeakGbPerS, launch.wide ? "wide" : "narrow", launch.column_chunks, error,
       error < 1e-3 ? "" : " WRONG");
   std::fflush(stdout);
+  report.add({{"matrix", shape.name},
+              {"matrix_rows", matrix.rows},
+              {"columns", matrix.columns},
+              {"type", type},
+              {"rows", rows},
+              {"us", us},
+              {"bytes_per_s", bytes / us * 1e6},
+              {"bandwidth_fraction", bytes / us / 1e3 / kPeakGbPerS},
+              {"relative_error", error}});
   NIBBLE_CUDA(cudaFree(output));
 }
 
@@ -452,6 +463,7 @@ int main(int argc, char** argv) {
   }
   std::printf("%s, %d multiprocessors, %d MB L2; 100 %% = %.0f GB/s\n\n", properties.name,
               properties.multiProcessorCount, properties.l2CacheSize >> 20, kPeakGbPerS);
+  report.take_path(argc, argv);
   if (argc > 1 && std::strcmp(argv[1], "--step") == 0) {
     for (const uint32_t rows : {1u, 8u}) Step(rows).measure();
     return 0;
@@ -472,5 +484,5 @@ int main(int argc, char** argv) {
   measure_rows<CudaQ4SymmetricTiled>({"gate+up", 43008, 5376}, {1, 8});
   measure_rows<CudaF16Tiled>({"gate+up", 43008, 5376}, {1, 8});
   measure_rows<CudaBf16Tiled>({"gate+up", 43008, 5376}, {1, 8});
-  return 0;
+  return report.write(properties.name);
 }
