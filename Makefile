@@ -4,12 +4,13 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WERROR ?= OFF
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build demo test test-asan quality fuzz format lint clean
+.PHONY: help setup build dist demo test test-asan quality fuzz format lint clean
 
 help:
 	@echo "make demo       set up, build, ask the bundled model a question"
 	@echo "make setup      install the packages that are missing (apt or brew)"
 	@echo "make build      build build/release/nibble"
+	@echo "make dist       build build/dist/nibble for all NVIDIA GPUs from compute capability 8.0 on"
 	@echo "make test       set up, build, run all tests"
 	@echo "make quality    only the slow tests: what models predict, against llama.cpp's numbers"
 	@echo "make test-asan  the tests under the address and undefined-behaviour sanitizers"
@@ -23,6 +24,10 @@ setup:
 build:
 	@cmake --preset release -DNIBBLE_WERROR=$(WERROR) > /dev/null
 	@cmake --build --preset release --target nibble -j $(JOBS)
+
+dist:
+	@cmake --preset dist -DNIBBLE_WERROR=$(WERROR)
+	@cmake --build --preset dist --target nibble -j $(JOBS)
 
 demo: setup build
 	build/release/nibble run -p 'What does "harbour" mean?' --seed 2

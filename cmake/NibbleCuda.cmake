@@ -22,11 +22,12 @@ if(NOT NIBBLE_CUDA_ARCHITECTURES)
   if(NOT failed AND capability)
     string(REGEX REPLACE "\n.*" "" capability "${capability}")
     string(REPLACE "." "" NIBBLE_CUDA_ARCHITECTURES "${capability}")
-    # 9.0's own instructions (asynchronous matrix products) have a name of their own.
-    string(REGEX REPLACE "^90$" "90a" NIBBLE_CUDA_ARCHITECTURES "${NIBBLE_CUDA_ARCHITECTURES}")
   endif()
 endif()
-list(TRANSFORM NIBBLE_CUDA_ARCHITECTURES APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+# Code for these devices alone, none for those to come, unless "-virtual" asks for it. 9.0's own
+# instructions (asynchronous matrix products) have a name of their own.
+list(TRANSFORM NIBBLE_CUDA_ARCHITECTURES REPLACE "^90$" "90a" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND "-real" REGEX "^[0-9]+[a-z]?$")
 # The runtime is linked statically; it loads the driver when it is first used, if there is one.
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)

@@ -192,7 +192,14 @@ DeviceInfo select(uint32_t device) {
          device_count());
   }
   NIBBLE_CUDA(cudaSetDevice(int(device)));
-  return device_info(device);
+  const DeviceInfo info = device_info(device);
+  if (kernel_architecture() == 0) {
+    fail(ErrorCode::kUnsupported,
+         "{} has compute capability {}.{}, and this build has no kernels for that; build with "
+         "-DNIBBLE_CUDA_ARCHITECTURES={}{} (from 8.0 on), or use --backend cpu",
+         info.name, info.major, info.minor, info.major, info.minor);
+  }
+  return info;
 }
 
 constexpr uint64_t kTileAlignment = 256;
@@ -615,8 +622,9 @@ void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& in
   launch_block_activations(stream_.handle, input.rows, blocks);
   const auto launch_rows = [&](LayoutId layout, const WeightRows& weights) {
     if (weights.rows == 0) return;
-    const ManyRowsLaunch launch = choose_many_rows(device_shape_, matrix_unit(device_.major),
-                                                   layout, weights.rows, matrix.columns, rows);
+    const ManyRowsLaunch launch =
+        choose_many_rows(device_shape_, matrix_unit(kernel_architecture()), layout, weights.rows,
+                         matrix.columns, rows);
     if (launch.workspace_bytes > shared_tiles_.size()) {
       shared_tiles_ = {};
       shared_tiles_ = DeviceArray<std::byte>(launch.workspace_bytes);

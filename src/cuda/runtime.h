@@ -11,8 +11,13 @@ namespace nibble::cuda {
 void check(cudaError_t error, const char* call);
 #define NIBBLE_CUDA(call) ::nibble::cuda::check((call), #call)
 
-// Starts a kernel that may begin before the one in front of it ends: it must
-// wait_for_dependencies() before it reads or writes what others touch.
+// For which architecture this build's kernels were compiled that the current device runs: 80, 90
+// (which stands for 90a), 120, ...; 0 where there are none for it. What a kernel can do depends on
+// this, not on the device.
+uint32_t kernel_architecture();
+
+// Starts a kernel that may begin before the one in front of it ends, where there is such a thing:
+// it must wait_for_dependencies() before it reads or writes what others touch.
 template <class... Parameters, class... Arguments>
 void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks,
                       uint32_t threads, uint32_t shared_bytes, const Arguments&... arguments) {
@@ -25,12 +30,14 @@ void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), dim3 b
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = kernel_architecture() >= 90;
   NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-// Whether the kernel's code, as this device runs it, knows clusters of blocks.
-bool has_clusters(const void* kernel);
+// Clusters of blocks and starting early are both of compute capability 9.0 and above.
+inline bool has_clusters() {
+  return kernel_architecture() >= 90;
+}
 
 // The same in `clusters` clusters of `blocks` blocks each; without clusters `blocks` must be 1.
 template <class... Parameters, class... Arguments>
@@ -47,7 +54,7 @@ void launch_dependent_clusters(cudaStream_t stream, void (*kernel)(Parameters...
   config.blockDim = threads;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = blocks > 1 ? 2 : 1;
+  config.numAttrs = blocks > 1 ? 2 : kernel_architecture() >= 90;
   NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

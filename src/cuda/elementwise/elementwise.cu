@@ -173,10 +173,8 @@ struct RowLaunch {
   bool wide;         // a lane holds more than one piece
 };
 RowLaunch choose_row_launch(uint32_t width) {
-  // What holds of one kernel of this file holds of all.
-  static const bool clusters = has_clusters(reinterpret_cast<const void*>(sum_kernel));
   const uint32_t tiles = tiles_of(width);
-  const uint32_t blocks = clusters && tiles >= kMostBlocks ? kMostBlocks : 1;
+  const uint32_t blocks = has_clusters() && tiles >= kMostBlocks ? kMostBlocks : 1;
   check_row_width(width, kMostRowColumns * blocks);
   const uint32_t tiles_per_block = (tiles + blocks - 1) / blocks;
   return {blocks, std::min(tiles_per_block, kMostWarps) * kLanes, tiles_per_block > kMostWarps};

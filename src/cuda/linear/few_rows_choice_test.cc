@@ -85,6 +85,18 @@ TEST(FewRowsChoice, TakesTheSameShapeForBlocks) {
   }
 }
 
+TEST(FewRowsChoice, FindsRoomOnSmallDevices) {
+  for (uint32_t id = 0; id < kLayoutCount; ++id) {
+    for (const auto storage : {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect}) {
+      for (uint32_t rows = 1; rows <= kMostRows; ++rows) {
+        const FewRowsLaunch launch =
+            choose_few_rows(kRtx3060, LayoutId(id), 5376, {}, 0, 21504, rows, storage);
+        EXPECT_LE(launch.shared_bytes, kRtx3060.shared_bytes_per_block) << id;
+      }
+    }
+  }
+}
+
 TEST(FewRowsChoice, SharesBlocksByBytesBetweenTwoLayouts) {
   const FewRowsLaunch launch =
       choose_few_rows(kH100, LayoutId::kQ4, 12288, LayoutId::kQ6, 4096, 5376, 1);

@@ -13,8 +13,8 @@ namespace nibble::cuda {
 // Which instructions multiply: Hopper's asynchronous ones, or those that Ampere has and all later
 // devices keep.
 enum class MatrixUnit { kWgmma, kMma };
-constexpr MatrixUnit matrix_unit(uint32_t compute_capability_major) {
-  return compute_capability_major == 9 ? MatrixUnit::kWgmma : MatrixUnit::kMma;
+constexpr MatrixUnit matrix_unit(uint32_t kernel_architecture) {
+  return kernel_architecture == 90 ? MatrixUnit::kWgmma : MatrixUnit::kMma;
 }
 
 // The work of a launch: output tiles, `tile_rows` weight rows by `tile_tokens` activation rows

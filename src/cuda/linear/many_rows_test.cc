@@ -43,12 +43,6 @@ std::vector<std::byte> random_blocks(LayoutId id, uint32_t rows, uint32_t column
   return bytes;
 }
 
-MatrixUnit this_matrix_unit() {
-  int major;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  return matrix_unit(uint32_t(major));
-}
-
 // As a backend has it: one for all launches, cleared once.
 class Workspace {
  public:
@@ -155,7 +149,7 @@ TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
   const Workspace workspace;
   for (const LayoutId layout : kAll) {
     for (const uint32_t rows : {9u, 31u, 50u, 130u})
-      expect_product(workspace, {layout, 333, 768, rows}, this_matrix_unit());
+      expect_product(workspace, {layout, 333, 768, rows}, matrix_unit(kernel_architecture()));
     expect_product(workspace, {layout, 333, 768, 77}, MatrixUnit::kMma);
   }
 }
@@ -163,7 +157,7 @@ TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
 TEST(ManyRows, TakesMatricesOfAllShapes) {
   NIBBLE_NEEDS_GPU();
   const Workspace workspace;
-  for (const MatrixUnit unit : {this_matrix_unit(), MatrixUnit::kMma}) {
+  for (const MatrixUnit unit : {matrix_unit(kernel_architecture()), MatrixUnit::kMma}) {
     expect_product(workspace, {LayoutId::kQ4, 1, 256, 9}, unit);
     expect_product(workspace, {LayoutId::kQ4, 257, 512, 129}, unit);
     expect_product(workspace, {LayoutId::kQ8, 100, 288, 16},

@@ -241,9 +241,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 }  // namespace
 
 void launch_sample(cudaStream_t stream, const SampleArgs& args) {
-  static const bool clusters = has_clusters(reinterpret_cast<const void*>(sample_kernel));
-  launch_dependent_clusters(stream, sample_kernel, args.count, clusters ? kMostBlocks : 1, kThreads,
-                            args);
+  launch_dependent_clusters(stream, sample_kernel, args.count, has_clusters() ? kMostBlocks : 1,
+                            kThreads, args);
 }
 
 }  // namespace nibble::cuda
