@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <utility>
@@ -51,10 +52,23 @@ struct Graph {
   cudaGraphExec_t handle = nullptr;
 };
 
+// Host memory that the device writes to, zero at first.
 struct FreePinned {
-  void operator()(int32_t* tokens) const { cudaFreeHost(tokens); }
+  void operator()(void* memory) const { cudaFreeHost(memory); }
 };
-using PinnedTokens = std::unique_ptr<int32_t[], FreePinned>;
+template <class T>
+using Pinned = std::unique_ptr<T[], FreePinned>;
+template <class T>
+Pinned<T> make_pinned(size_t count) {
+  void* memory;
+  NIBBLE_CUDA(cudaMallocHost(&memory, count * sizeof(T)));
+  std::memset(memory, 0, count * sizeof(T));
+  return Pinned<T>(static_cast<T*>(memory));
+}
+
+// By how much a gated MLP's values are divided more when f16 could not hold them, and when to stop:
+// then f16 holds the largest f32.
+constexpr float kGatedScaleStep = 64, kLargestGatedScale = 0x1p114f;
 
 // What a kernel of a matrix is started with, but for its activations.
 struct LinearCall {
@@ -90,6 +104,8 @@ class CudaBackend final : public Backend {
   // Starts the kernels of the whole step.
   void launch_step(const Batch* batch, BatchResult* result);
   void run_graph();
+  // After a step: whether values were too large for a gated MLP's scale, which is larger now.
+  bool raise_gated_scales();
   void observe(const Batch& batch, size_t step, ValueId value);
 
   // Each returns the value it wrote, where it is one that exists: queries and what attention makes
@@ -179,7 +195,10 @@ class CudaBackend final : public Backend {
   DeviceArray<std::byte> tiles_;  // what is packed while a step runs, where weights are blocks
   DeviceArray<std::byte> attention_workspace_;
   DeviceArray<SplitPart> split_parts_;
-  PinnedTokens sampled_;  // [ubatch]: the device writes there
+  std::vector<float> gated_scales_;         // [steps of the plan], GatedArgs::gated_scale
+  DeviceArray<float> device_gated_scales_;  // the same
+  Pinned<uint32_t> gated_overflows_;        // [steps of the plan]
+  Pinned<int32_t> sampled_;                 // [ubatch]
   uint64_t workspace_bytes_ = 0;
 
   std::map<StepShape, Graph> graphs_;
@@ -347,9 +366,10 @@ void CudaBackend::reserve_workspace() {
     tiles_ = DeviceArray<std::byte>(tile_bytes);
     workspace_bytes_ += tile_bytes;
   }
-  void* sampled;
-  NIBBLE_CUDA(cudaMallocHost(&sampled, ubatch * sizeof(int32_t)));
-  sampled_.reset(static_cast<int32_t*>(sampled));
+  gated_scales_.assign(plan_.steps.size(), 1);
+  device_gated_scales_ = DeviceArray<float>(std::span<const float>(gated_scales_));
+  gated_overflows_ = make_pinned<uint32_t>(gated_scales_.size());
+  sampled_ = make_pinned<int32_t>(ubatch);
 }
 
 std::string CudaBackend::description() const {
@@ -365,7 +385,6 @@ MemoryUse CudaBackend::memory() const {
 
 void CudaBackend::run(const Batch& batch, BatchResult& result) {
   NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // also after a step that failed
-  result.logits.clear();
   result.sampled.clear();
   if (!inputs_.send(batch, stream_.handle)) graphs_.clear();
   const StepShape& shape = inputs_.shape();
@@ -374,14 +393,28 @@ void CudaBackend::run(const Batch& batch, BatchResult& result) {
 
   const bool replay = options_.graphs && shape.decode && shape.rows <= kMostRows &&
                       !batch.observe && !profiler_.on();
-  if (!replay) {
-    launch_step(&batch, &result);
-  } else {
-    if (batch.stop && batch.stop()) fail(ErrorCode::kCancelled, "cancelled before the step");
-    run_graph();
-  }
-  NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));
+  do {  // a step may run again: it writes nothing that it reads
+    result.logits.clear();
+    if (!replay) {
+      launch_step(&batch, &result);
+    } else {
+      if (batch.stop && batch.stop()) fail(ErrorCode::kCancelled, "cancelled before the step");
+      run_graph();
+    }
+    NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));
+  } while (raise_gated_scales());
   for (uint32_t i = 0; i < shape.requests; ++i) result.sampled.push_back({sampled_.get()[i]});
+}
+
+bool CudaBackend::raise_gated_scales() {
+  bool raised = false;
+  for (size_t i = 0; i < gated_scales_.size(); ++i) {
+    if (!std::exchange(gated_overflows_[i], 0) || gated_scales_[i] >= kLargestGatedScale) continue;
+    gated_scales_[i] *= kGatedScaleStep;
+    raised = true;
+  }
+  if (raised) device_gated_scales_.upload(gated_scales_);
+  return raised;
 }
 
 void CudaBackend::run_graph() {
@@ -494,7 +527,12 @@ std::optional<ValueId> CudaBackend::run_step(const ProjectStep& step, size_t ind
 std::optional<ValueId> CudaBackend::run_step(const GatedMlpStep& step, size_t index) {
   const uint32_t ffn = weights_.matrix(step.down).columns;
   const Product gate_up = multiply("gate and up", step.gate_up, normed(rows()));
-  const GatedArgs args = {gate_up.sums, gate_up.scales, ffn, inner(ffn, rows())};
+  const GatedArgs args = {.sums = gate_up.sums,
+                          .scales = gate_up.scales,
+                          .width = ffn,
+                          .gated_scale = device_gated_scales_.data() + index,
+                          .overflow = gated_overflows_.get() + index,
+                          .gated = inner(ffn, rows())};
   timed("gelu", 0, [&] { launch_gated_gelu(stream_.handle, args); });
   update(multiply("down", step.down, inner(ffn, rows())), step.post_norm, step.output_scale, index);
   return step.residual;

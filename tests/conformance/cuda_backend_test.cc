@@ -12,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -255,6 +256,15 @@ TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
   EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
 }
 
+// What `builder` makes of a model.
+Plan plan_of(const test::GgufBuilder& builder, std::optional<gguf::GgufFile>& file) {
+  const std::string path = testing::TempDir() + "nibble_cuda_backend_test.gguf";
+  builder.write(path);
+  file = gguf::GgufFile::open(path);
+  std::filesystem::remove(path);
+  return model::build_plan(*file);
+}
+
 // A layer of each kind with the largest model's attention, past the window.
 TEST(CudaBackendShapes, ChunksOfAnySizeAgreeOnTheLargestModelsLayers) {
   if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
@@ -277,11 +287,8 @@ TEST(CudaBackendShapes, ChunksOfAnySizeAgreeOnTheLargestModelsLayers) {
     for (size_t at = 0; at < tensor.data.size(); at += sizeof(quant::BlockQ4_0))
       std::memcpy(&tensor.data[at], &scale, sizeof(scale));
   }
-  const std::string path = testing::TempDir() + "nibble_largest_layers.gguf";
-  builder.write(path);
-  const gguf::GgufFile file = gguf::GgufFile::open(path);
-  std::filesystem::remove(path);
-  const Plan plan = model::build_plan(file);
+  std::optional<gguf::GgufFile> file;
+  const Plan plan = plan_of(builder, file);
   BackendOptions options;
   options.ubatch = 512;
   options.max_kv_pages = {60, 60};
@@ -292,6 +299,39 @@ TEST(CudaBackendShapes, ChunksOfAnySizeAgreeOnTheLargestModelsLayers) {
   for (const size_t chunk : {64, 7, 1})
     EXPECT_LE(relative_error(prefill_fresh(*backend, tokens, chunk), expected), kHalves)
         << "chunks of " << chunk;
+}
+
+// Gate times up goes beyond f16's range, in some rows far beyond it; a norm brings it back.
+TEST(CudaBackendShapes, GatedValuesBeyondF16AreNotLost) {
+  if (cuda::device_count() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+  const uint32_t seed = std::random_device{}();
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  test::GgufBuilder builder = test::small_gemma4(
+      {.head_dim_sliding = 64, .head_dim_full = 64, .matrix_type = quant::QuantType::kF16});
+  for (test::GgufBuilder::Tensor& tensor : builder.tensors) {
+    if (tensor.type != uint32_t(quant::QuantType::kF16)) continue;
+    const bool gated = tensor.name.ends_with("gate.weight") || tensor.name.ends_with("up.weight");
+    std::normal_distribution<float> weights(0, gated ? 500 : 0.2f);
+    for (size_t at = 0; at < tensor.data.size(); at += sizeof(uint16_t)) {
+      const uint16_t weight = f32_to_f16(weights(random));
+      std::memcpy(&tensor.data[at], &weight, sizeof(weight));
+    }
+  }
+  std::optional<gguf::GgufFile> file;
+  const Plan plan = plan_of(builder, file);
+  BackendOptions options;
+  options.ubatch = 32;
+  options.max_kv_pages = {10, 10};
+  std::vector<TokenId> tokens(40);
+  for (TokenId& token : tokens) token = {int32_t(random() % 48)};
+  const auto reference = reference::make_reference_backend(plan, options);
+  const std::vector<float> expected = prefill_fresh(*reference, tokens, 32);
+  for (const size_t chunk : {32, 1}) {
+    const auto backend = cuda::make_cuda_backend(plan, options, {});
+    EXPECT_LE(relative_error(prefill_fresh(*backend, tokens, chunk), expected), kHalves)
+        << "chunks of " << chunk;
+  }
 }
 
 TEST(CudaBackendLong, TenThousandGreedyTokensTwice) {

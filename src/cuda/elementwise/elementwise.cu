@@ -119,36 +119,27 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return x / (1 + __expf(-2 * u));
 }
 
-template <int kTiles>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+// A warp has a tile of a row.
+__global__ void __launch_bounds__(kLanes)
     gated_gelu_kernel(const __grid_constant__ GatedArgs args) {
-  __shared__ ReduceShared<RowFacts<0, 1>> shared;
-  const ClusterPlace place;
   ptx::launch_dependents();
-  cluster_sync(place);
   ptx::wait_for_dependencies();
-  const uint32_t row = blockIdx.x / place.blocks, width = args.width;
-  const float scale = args.scales[row];
-  Row<kTiles> x;
-  RowFacts<0, 1> own = {};
-  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
-    float up[kLaneValues];
-    load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
-    load_sums(args.sums, scale, row, width, column, width, up);
+  const uint32_t row = blockIdx.y, width = args.width;
+  const uint32_t column = blockIdx.x * kTileColumns + threadIdx.x * kLaneValues;
+  const float scale = args.scales[row], gated_scale = *args.gated_scale;
+  float gate[kLaneValues], up[kLaneValues];
+  load_sums(args.sums, scale, row, 0, column, width, gate);
+  load_sums(args.sums, scale, row, width, column, width, up);
+  const float inverse_scale = 1 / gated_scale;
+  bool overflow = false;
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j) {
-      x.values[i][j] = gelu_tanh(x.values[i][j]) * up[j];
-      own.values[0] = fmaxf(own.values[0], fabsf(x.values[i][j]));
-    }
-  });
-  const float range = range_scale(reduce_row(place, own, shared).values[0]);
-  const float inverse_range = 1 / range;
-  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
-#pragma unroll
-    for (float& value : x.values[i]) value *= inverse_range;
-    store_activations(args.gated.rows, row, column, x.values[i]);
-  });
-  if (place.rank == 0 && threadIdx.x == 0) args.gated.scales[row] = range;
+  for (uint32_t i = 0; i < kLaneValues; ++i) {
+    gate[i] = gelu_tanh(gate[i]) * up[i] * inverse_scale;
+    overflow |= fabsf(gate[i]) > kLargestHalf;
+  }
+  if (overflow) *args.overflow = 1;
+  store_activations(args.gated.rows, row, column, gate);
+  if (column == 0) args.gated.scales[row] = gated_scale;
 }
 
 __global__ void sum_kernel(const __grid_constant__ SumArgs args) {
@@ -209,8 +200,8 @@ void launch_norm(cudaStream_t stream, const NormArgs& args) {
 }
 
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {
-  launch_rows(stream, gated_gelu_kernel<1>, gated_gelu_kernel<kManyTiles>, args.sums.rows,
-              args.width, args);
+  launch_dependent(stream, gated_gelu_kernel, dim3(tiles_of(args.width), args.sums.rows), kLanes, 0,
+                   args);
 }
 
 void launch_sum(cudaStream_t stream, const SumArgs& args) {

@@ -23,7 +23,8 @@ struct Sums {
 };
 
 // Activation rows that f16 can hold whatever their size: row r stands for scales[r] times its
-// values. scales[r] is a power of two, and 1 unless a value goes beyond f16's range.
+// values. scales[r] is a power of two, and 1 unless a value goes beyond f16's range (gated ones: or
+// has gone before).
 struct ScaledRows {
   ActivationRows rows;
   float* scales;  // [rows.rows]
@@ -86,6 +87,10 @@ struct GatedArgs {
   Sums sums;
   const float* scales;  // [rows]
   uint32_t width;       // of gate and of up
+  // What gated.scales becomes for all rows: a power of two, on the device. A row's own largest
+  // value would have to be known to all blocks before the first one can store.
+  const float* gated_scale;
+  uint32_t* overflow;  // set to 1 when that was too small for a value
   ScaledRows gated;
 };
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args);

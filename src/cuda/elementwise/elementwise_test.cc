@@ -48,8 +48,9 @@ struct Rows {
   }
   ScaledRows device() const { return {{values.data(), means.data(), rows, tiles}, scales.data()}; }
 
-  // Expects the values within f16's rounding, the means, and a scale only where one is needed.
-  void expect(const std::vector<double>& expected) const {
+  // Expects the values within f16's rounding, the means, and a scale only where one is needed, or
+  // the given one.
+  void expect(const std::vector<double>& expected, double wanted_scale = 0) const {
     NIBBLE_CUDA(cudaDeviceSynchronize());
     const auto halves = values.download();
     const auto stored_means = means.download();
@@ -60,8 +61,8 @@ struct Rows {
       double largest = 0;
       for (uint32_t c = 0; c < width; ++c)
         largest = std::max(largest, std::abs(expected[size_t(row) * width + c]));
-      if (largest < 65000) {
-        ASSERT_EQ(scale, 1);
+      if (wanted_scale != 0 || largest < 65000) {
+        ASSERT_EQ(scale, wanted_scale != 0 ? wanted_scale : 1);
       }
       std::vector<double> sums(tiles * 8);
       for (uint32_t c = 0; c < tiles * kTileColumns; ++c) {
@@ -235,7 +236,7 @@ TEST_F(Elementwise, ValuesBeyondF16AreScaledAndNotLost) {
 }
 
 TEST_F(Elementwise, GatedGelu) {
-  for (const float size : {1.0f, 3e3f}) {  // products far beyond f16's range, too
+  for (const float size : {1.0f, 3e3f}) {  // values far beyond f16's range, too
     for (const auto& [rows, width] : {Shape{1, 21504}, {8, 512}, {3, 100}, {11, 2056}, {1, 9000}}) {
       SCOPED_TRACE(testing::Message() << rows << " x " << width << ", size " << size);
       constexpr uint32_t kParts = 2;
@@ -256,11 +257,21 @@ TEST_F(Elementwise, GatedGelu) {
         }
       }
       const DeviceArray<float> d_parts{std::span(parts)}, d_scales{std::span<const float>(scales)};
-      const Rows out(rows, width);
-      launch_gated_gelu(
-          nullptr,
-          {{d_parts.data(), kParts, rows, 2 * width}, d_scales.data(), width, out.device()});
-      out.expect(expected);
+      for (const float gated_scale : {1.0f, 65536.0f}) {
+        const DeviceArray<float> d_gated_scale{std::span(&gated_scale, 1)};
+        const DeviceArray<uint32_t> overflow{std::vector<uint32_t>{0}};
+        const Rows out(rows, width);
+        launch_gated_gelu(nullptr, {{d_parts.data(), kParts, rows, 2 * width},
+                                    d_scales.data(),
+                                    width,
+                                    d_gated_scale.data(),
+                                    overflow.data(),
+                                    out.device()});
+        NIBBLE_CUDA(cudaDeviceSynchronize());
+        const bool fits = size == 1 || gated_scale > 1;
+        EXPECT_EQ(overflow.download()[0], !fits);
+        if (fits) out.expect(expected, gated_scale);
+      }
     }
   }
 }
