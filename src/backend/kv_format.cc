@@ -94,6 +94,14 @@ std::optional<SharedKvRow> shared_kv_row(const Plan& plan, KvId cache) {
   return SharedKvRow{.head_dim = head_dim, .rope_dims = rope_dims};
 }
 
+std::span<const float> shared_key_weight(const Plan& plan, KvId cache) {
+  for (const Step& any : plan.steps) {
+    const auto* step = std::get_if<NormQkvStep>(&any);
+    if (step != nullptr && step->cache == cache && step->key_norm) return step->key_norm->weight;
+  }
+  return {};
+}
+
 uint64_t KvGroup::pages_for(uint64_t positions, uint32_t ubatch) const {
   uint64_t kept = positions;
   // A window that starts in the middle of a page keeps that whole page.

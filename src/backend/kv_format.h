@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -86,6 +87,10 @@ struct SharedKvRow {
 // The row that serves key and value of `cache`; nullopt where the model needs two, or where one
 // would be no smaller than two.
 std::optional<SharedKvRow> shared_kv_row(const Plan& plan, KvId cache);
+
+// The weight of key_norm that a shared row leaves out of the key's places [rope_dims, head_dim);
+// [head_dim], in the head's order; empty means all ones.
+std::span<const float> shared_key_weight(const Plan& plan, KvId cache);
 
 // One layer in its group's pages. A page holds, per layer, the keys' heads [kv_heads] one behind
 // the other and then the values'; or the heads' shared rows once.

@@ -94,7 +94,7 @@ class ReferenceBackend final : public Backend {
   void take_logits(const BatchSequence& sequence, std::span<const float> logits);
 
   KvRows kv_rows(const BatchSequence& sequence, KvId cache) {
-    return {kv_, *sequence.kv, kv_places_[cache.value], plan_.cache(cache)};
+    return {kv_, *sequence.kv, kv_places_[cache.value], plan_};
   }
   std::span<float> value(ValueId id) { return values_[id.value]; }
   uint32_t width(ValueId id) const { return plan_.value(id).width; }

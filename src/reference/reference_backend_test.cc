@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <random>
@@ -18,6 +19,7 @@ namespace {
 using namespace backend;
 
 constexpr uint32_t kVocabulary = 50, kHidden = 16, kFfn = 24, kWindow = 5, kUbatch = 64;
+constexpr uint32_t kHeadDim = 64;
 
 // A plan of two layers, one sliding and one full with K=V, over random F32 weights.
 class TinyModel {
@@ -25,7 +27,7 @@ class TinyModel {
   explicit TinyModel(unsigned seed) : random_(seed) {
     plan.vocabulary = kVocabulary;
     plan.hidden = kHidden;
-    plan.values = {{"residual", kHidden}, {"query", 4 * 8}, {"attended", 4 * 8}};
+    plan.values = {{"residual", kHidden}, {"query", 4 * kHeadDim}, {"attended", 4 * kHeadDim}};
     const WeightId table = add_weight(kVocabulary, kHidden);
     plan.steps.push_back(EmbedStep{table, std::sqrt(float(kHidden)), residual});
     add_layer(kWindow, false);
@@ -53,24 +55,26 @@ class TinyModel {
   RmsNorm norm(uint32_t width) { return {random_values(width, 1), 1e-6f}; }
 
   void add_layer(uint32_t window, bool value_is_key) {
-    const AttentionShape shape{.query_heads = 4, .kv_heads = 2, .head_dim = 8};
+    const AttentionShape shape{.query_heads = 4, .kv_heads = 2, .head_dim = kHeadDim};
     plan.caches.push_back({shape.kv_heads, shape.head_dim, window, value_is_key});
     const KvId cache{uint32_t(plan.caches.size() - 1)};
     const uint32_t rows = shape.query_width() + (value_is_key ? 1 : 2) * shape.kv_width();
+    Rope rope{std::vector<float>(kHeadDim / 2, 0.0f)};  // three pairs turn
+    std::ranges::copy(std::array{1.0f, 0.1f, 0.01f}, rope.inverse_frequencies.begin());
     plan.steps.push_back(NormQkvStep{.input = residual,
                                      .norm = norm(kHidden),
                                      .qkv = add_weight(rows, kHidden),
                                      .shape = shape,
                                      .value_is_key = value_is_key,
-                                     .query_norm = norm(8),
-                                     .key_norm = norm(8),
+                                     .query_norm = norm(kHeadDim),
+                                     .key_norm = norm(kHeadDim),
                                      .value_norm = RmsNorm{{}, 1e-6f},
-                                     .rope = {{1.0f, 0.1f, 0.01f, 0.0f}},
+                                     .rope = rope,
                                      .cache = cache,
                                      .query = query});
     plan.steps.push_back(AttendStep{query, cache, shape, 1.0f, attended});
     plan.steps.push_back(
-        ProjectStep{attended, add_weight(kHidden, 32), norm(kHidden), 1.0f, residual});
+        ProjectStep{attended, add_weight(kHidden, 4 * kHeadDim), norm(kHidden), 1.0f, residual});
     plan.steps.push_back(GatedMlpStep{.residual = residual,
                                       .norm = norm(kHidden),
                                       .gate_up = add_weight(2 * kFfn, kHidden),
@@ -84,13 +88,11 @@ class TinyModel {
   std::vector<std::vector<float>> weights_;
 };
 
-class ReferenceBackendTest : public testing::TestWithParam<KvFormat> {
+class ReferenceTest : public testing::Test {
  protected:
-  std::unique_ptr<Backend> make() {
-    return make_reference_backend(model_.plan, {.kv = KvOptions::all(GetParam()),
-                                                .ubatch = kUbatch,
-                                                .threads = 2,
-                                                .max_kv_pages = {20, 20}});
+  std::unique_ptr<Backend> make(const KvOptions& kv) {
+    return make_reference_backend(
+        model_.plan, {.kv = kv, .ubatch = kUbatch, .threads = 2, .max_kv_pages = {20, 20}});
   }
   std::vector<TokenId> random_tokens(size_t count) {
     std::uniform_int_distribution<int32_t> id(0, kVocabulary - 1);
@@ -113,6 +115,24 @@ class ReferenceBackendTest : public testing::TestWithParam<KvFormat> {
   testing::ScopedTrace trace_{__FILE__, __LINE__, "seed " + std::to_string(seed_)};
   std::mt19937 random_{seed_};
   TinyModel model_{seed_};
+};
+
+// The K=V layer's row computes what two rows do, but for where it rounds: 2^-24 of scores of some
+// hundreds, in which logits up to 30 are some e-folds.
+TEST_F(ReferenceTest, SharedRowsChangeNothing) {
+  const auto tokens = random_tokens(kUbatch);
+  const auto split = make(KvOptions::all(KvFormat::kF32, KvLayout::kSplit));
+  const auto shared = make(KvOptions::all(KvFormat::kF32, KvLayout::kAuto));
+  KvSequence in_split(split->kv()), in_shared(shared->kv());
+  const std::vector<float> expected = extend(*split, in_split, tokens);
+  const std::vector<float> logits = extend(*shared, in_shared, tokens);
+  EXPECT_LT(shared->memory().kv_bytes, split->memory().kv_bytes);
+  for (size_t i = 0; i < logits.size(); ++i) ASSERT_NEAR(logits[i], expected[i], 1e-3) << i;
+}
+
+class ReferenceBackendTest : public ReferenceTest, public testing::WithParamInterface<KvOptions> {
+ protected:
+  std::unique_ptr<Backend> make() { return ReferenceTest::make(GetParam()); }
 };
 
 TEST_P(ReferenceBackendTest, OneTokenAtATimeEqualsAllAtOnce) {
@@ -225,14 +245,17 @@ TEST_P(ReferenceBackendTest, StepsFollowTheirFormulas) {
   const auto product = multiply(qkv.qkv, normed(qkv.norm, x));
   std::vector<double> query, attended;
   for (int head = 0; head < 4; ++head) {
-    const auto q = normed(*qkv.query_norm, {&product[head * 8], &product[head * 8] + 8});
+    const auto q =
+        normed(*qkv.query_norm, {&product[head * kHeadDim], &product[(head + 1) * kHeadDim]});
     query.insert(query.end(), q.begin(), q.end());
-    const double* value = &product[32 + 16 + head / 2 * 8];
-    const auto v = normed(*qkv.value_norm, {value, value + 8});
+    const double* value = &product[(4 + 2 + head / 2) * kHeadDim];
+    const auto v = normed(*qkv.value_norm, {value, value + kHeadDim});
     attended.insert(attended.end(), v.begin(), v.end());
   }
   expect_near(1, query, kFloat);
-  const double kv_epsilon = GetParam() == KvFormat::kF32 ? kFloat : 0x1p-11;
+  // What a format may do to the largest values; q8's scale has its own rounding.
+  const double kv_epsilons[] = {kFloat, 0x1p-11, 0.5 / 127 + 0x1p-10, 0.5};
+  const double kv_epsilon = kv_epsilons[size_t(GetParam().window_format)];
   expect_near(2, attended, kv_epsilon);
 
   // From here on with the rows as they were written, so that errors don't add up over steps.
@@ -302,15 +325,30 @@ TEST_P(ReferenceBackendTest, MemoryCountsPagesInTheirFormat) {
   const auto backend = make();
   KvSequence sequence(backend->kv());
   extend(*backend, sequence, random_tokens(33));
-  // Two layers of two pages of 32 positions, 2 heads of 8 keys and 8 values.
-  const uint64_t element_bytes = GetParam() == KvFormat::kF32 ? 4 : 2;
-  EXPECT_EQ(backend->memory().kv_bytes, 2u * 2 * 32 * 2 * (8 + 8) * element_bytes);
+  // Two layers of two pages of 32 positions and 2 heads.
+  const double value_bytes[] = {4, 2, 1 + 2.0 / 32, 0.5 + 2.0 / 64};
+  const double shared_value_bytes[] = {4, 2, 1 + 2.0 / 32, 0.5 + 2.0 / 32};
+  const double sliding = 2 * kHeadDim * value_bytes[size_t(GetParam().window_format)];
+  const double full = GetParam().layout == KvLayout::kSplit
+                          ? 2 * kHeadDim * value_bytes[size_t(GetParam().format)]
+                          : (kHeadDim + 32) * shared_value_bytes[size_t(GetParam().format)];
+  EXPECT_EQ(backend->memory().kv_bytes, 2 * 32 * 2 * (sliding + full));
   EXPECT_EQ(backend->memory().weights_bytes, model_.plan.weight_bytes());
   EXPECT_GT(backend->memory().workspace_bytes, 0u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kv, ReferenceBackendTest, testing::Values(KvFormat::kF32, KvFormat::kF16),
-                         [](const auto& info) { return std::string(to_string(info.param)); });
+INSTANTIATE_TEST_SUITE_P(
+    Kv, ReferenceBackendTest,
+    testing::Values(KvOptions::all(KvFormat::kF32), KvOptions::all(KvFormat::kF16),
+                    KvOptions::all(KvFormat::kQ8), KvOptions::all(KvFormat::kTq4),
+                    KvOptions::all(KvFormat::kF32, KvLayout::kAuto),
+                    KvOptions::all(KvFormat::kF16, KvLayout::kAuto),
+                    KvOptions::all(KvFormat::kQ8, KvLayout::kAuto),
+                    KvOptions::all(KvFormat::kTq4, KvLayout::kAuto)),
+    [](const auto& info) {
+      const bool split = info.param.layout == KvLayout::kSplit;
+      return std::string(to_string(info.param.format)) + (split ? "_split" : "_shared");
+    });
 
 }  // namespace
 }  // namespace nibble::reference
