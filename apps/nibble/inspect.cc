@@ -146,10 +146,11 @@ std::vector<MemoryRow> memory_rows(const engine::ModelFile& model, const backend
     if (context <= plan.trained_context) contexts.insert(context);
   }
   std::vector<MemoryRow> rows;
-  for (const auto format : {backend::KvFormat::kF16, backend::KvFormat::kF32}) {
-    if (model.packed() && format != backend::KvFormat::kF16) continue;  // GPUs have no other
+  engine::EngineOptions options;
+  options.backend = memory_backend(model);
+  for (const backend::KvOptions& kv : kv_choices(plan, options)) {
     for (const uint32_t context : contexts) {
-      rows.push_back({format, context, engine::memory_needs(plan, format, context, kUbatch)});
+      rows.push_back({kv.format, context, engine::memory_needs(plan, kv, context, kUbatch)});
     }
   }
   return rows;

@@ -87,9 +87,21 @@ void ModelOptions::add_to(CLI::App& command) {
       ->check(CLI::IsMember({"auto", "direct", "packed"}).description(""))
       ->type_name("LAYOUT")
       ->group(kGroup);
-  command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f32, f16")
-      ->check(CLI::IsMember({"auto", "f32", "f16"}).description(""))
+  command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f16, q8, tq4, f32")
+      ->check(CLI::IsMember({"auto", "f32", "f16", "q8", "tq4"}).description(""))
       ->type_name("FORMAT")
+      ->group(kGroup);
+  command
+      .add_option("--kv-window", kv_window,
+                  "The same for layers with a sliding window; left out: f16, or f32 with --kv f32")
+      ->check(CLI::IsMember({"auto", "f32", "f16", "q8", "tq4"}).description(""))
+      ->type_name("FORMAT")
+      ->group(kGroup);
+  command
+      .add_option("--kv-layout", kv_layout,
+                  "Rows of the cache: auto (one for key and value where the model allows), split")
+      ->check(CLI::IsMember({"auto", "split"}).description(""))
+      ->type_name("LAYOUT")
       ->group(kGroup);
   command.add_option("--threads", threads, "Threads; left out: one per core")
       ->check(finite_between(1, 1024))
@@ -114,9 +126,11 @@ void ModelOptions::add_context_to(CLI::App& command) {
 engine::EngineOptions ModelOptions::engine_options() const {
   engine::EngineOptions options;
   options.backend = backend;
-  options.kv_format = parse_kv(kv);
   if (weights == "direct") options.weights = backend::WeightStorage::kDirect;
   if (weights == "packed") options.weights = backend::WeightStorage::kPacked;
+  options.kv_format = backend::kv_format_of(kv);
+  options.kv_window_format = backend::kv_format_of(kv_window);
+  if (kv_layout == "split") options.kv_layout = backend::KvLayout::kSplit;
   options.context = context;
   options.threads = threads;
   options.ubatch = ubatch;
@@ -124,14 +138,9 @@ engine::EngineOptions ModelOptions::engine_options() const {
   return options;
 }
 
-std::optional<backend::KvFormat> parse_kv(const std::string& name) {
-  if (name == "f32") return backend::KvFormat::kF32;
-  if (name == "f16") return backend::KvFormat::kF16;
-  return std::nullopt;
-}
-
 void prefer_exact_kv(engine::EngineOptions& options) {
-  if (!options.kv_format && engine::has_kv_format(options.backend, backend::KvFormat::kF32)) {
+  if (!options.kv_format &&
+      std::ranges::count(engine::kv_formats(options.backend), backend::KvFormat::kF32) > 0) {
     options.kv_format = backend::KvFormat::kF32;
   }
 }

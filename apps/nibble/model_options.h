@@ -25,7 +25,7 @@ struct ModelOptions {
   std::string model;
   std::string backend = "auto";
   std::string weights = "auto";
-  std::string kv = "auto";
+  std::string kv = "auto", kv_window = "auto", kv_layout = "auto";
   uint32_t device = 0;
   uint32_t context = 0;
   uint32_t threads = 0;
@@ -36,9 +36,6 @@ struct ModelOptions {
   void add_context_to(CLI::App& command);  // -c
   engine::EngineOptions engine_options() const;
 };
-
-// "f32" or "f16"; nullopt for "auto".
-std::optional<backend::KvFormat> parse_kv(const std::string& name);
 
 // For commands that measure quality: f32 where --kv leaves the choice, so that the cache adds no
 // rounding of its own.

@@ -14,7 +14,7 @@ namespace nibble::backend {
 namespace {
 
 constexpr uint32_t kQ8Block = 32;
-constexpr uint32_t kLeastTq4Block = 32;
+constexpr uint32_t kLeastTq4Block = 32;  // and what head sizes are multiples of
 constexpr uint32_t kLargestTq4Block = 128;
 
 // The head's numbers of pairs that turn, were it the first ones: one above the last that does.
@@ -31,11 +31,15 @@ bool differ_by_weight_only(const NormQkvStep& step) {
          (step.value_norm->weight.empty() && step.key_norm->epsilon == step.value_norm->epsilon);
 }
 
+bool allows(uint32_t head_dim, KvFormat format) {
+  return format == KvFormat::kF32 || format == KvFormat::kF16 || head_dim % kLeastTq4Block == 0;
+}
+
 // `rope_dims`: of a shared row, else 0.
 KvRowLayout row_layout(KvFormat format, uint32_t head_dim, uint32_t rope_dims) {
   KvRowLayout row{.format = format, .values = head_dim + rope_dims, .block = 0};
   if (format == KvFormat::kF32 || format == KvFormat::kF16) return row;
-  if (head_dim % kLeastTq4Block != 0) {
+  if (!allows(head_dim, format)) {
     fail(ErrorCode::kUnsupported,
          "KV format {} takes head sizes that are multiples of {}, and this model has one of {}; "
          "use f16",
@@ -107,6 +111,11 @@ uint64_t KvGroup::pages_for(uint64_t positions, uint32_t ubatch) const {
   // A window that starts in the middle of a page keeps that whole page.
   if (window != 0) kept = std::min(positions, uint64_t{window} + ubatch + kKvPageTokens);
   return ceil_div(kept, uint64_t{kKvPageTokens});
+}
+
+bool allows(const Plan& plan, KvFormat format) {
+  return std::ranges::all_of(
+      plan.caches, [&](const KvCacheShape& shape) { return allows(shape.head_dim, format); });
 }
 
 std::vector<KvGroup> make_kv_groups(const Plan& plan, const KvOptions& options) {

@@ -34,6 +34,7 @@ struct KvOptions {
   KvFormat window_format = KvFormat::kF16;  // of layers with a sliding window
   KvLayout layout = KvLayout::kSplit;
 
+  // The same for all layers.
   static KvOptions all(KvFormat format, KvLayout layout = KvLayout::kSplit) {
     return {.format = format, .window_format = format, .layout = layout};
   }
@@ -115,8 +116,11 @@ struct KvGroup {
   uint64_t pages_for(uint64_t positions, uint32_t ubatch) const;
 };
 
+// Whether the model's head sizes allow the format: those with blocks take multiples of 32.
+bool allows(const Plan& plan, KvFormat format);
+
 // Groups in the order in which their windows first appear in the plan. Throws Error(kUnsupported)
-// where a head size is no multiple of 32 and the format has blocks.
+// where the model does not allow a layer's format.
 std::vector<KvGroup> make_kv_groups(const Plan& plan, const KvOptions& options);
 
 // "tq4 in shared rows, f16 in windows"; "f16" where that is all.

@@ -87,7 +87,7 @@ class CpuBackend final : public Backend {
   void norm_head(const std::optional<RmsNorm>& norm, const float* head, uint32_t head_dim,
                  float* out);
   void store_key_value(const NormQkvStep& step, const RopeTable& rope, size_t token, uint32_t head,
-                       float* scratch);
+                       uint32_t thread);
   // residual = (residual + post_norm(product_)) * output_scale
   void add_product(const std::optional<RmsNorm>& post_norm, float output_scale, ValueId residual);
   // Of the tokens whose rows are given: [rows, vocabulary].
@@ -102,7 +102,6 @@ class CpuBackend final : public Backend {
   const ElementwiseKernels& kernels_;
   ThreadPool pool_;
   backend::HostKvStore kv_;
-  const std::vector<KvPlace> kv_places_;
   std::vector<RopeTable> rope_tables_;
   std::map<const Rope*, size_t> rope_table_of_;  // the plan's
   Linear linear_;
@@ -136,7 +135,6 @@ CpuBackend::CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa)
       kernels_(elementwise_kernels(isa)),
       pool_(options.threads),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages),
-      kv_places_(kv_places(plan, kv_.groups())),
       linear_(isa, pool_, options.ubatch, max_columns(plan)),
       attention_(isa, pool_, plan, kv_) {
   size_t product_width = 0, gated_width = 0;
@@ -285,8 +283,7 @@ std::optional<ValueId> CpuBackend::run_step(const NormQkvStep& step) {
           const size_t token = i / heads;
           const uint32_t head = uint32_t(i % heads);
           if (head >= shape.query_heads) {
-            store_key_value(step, rope, token, head - shape.query_heads,
-                            heads_.data() + thread * 2 * max_head_dim_);
+            store_key_value(step, rope, token, head - shape.query_heads, thread);
             continue;
           }
           const size_t offset = size_t{head} * shape.head_dim;
@@ -310,35 +307,20 @@ void CpuBackend::norm_head(const std::optional<RmsNorm>& norm, const float* head
 }
 
 void CpuBackend::store_key_value(const NormQkvStep& step, const RopeTable& rope, size_t token,
-                                 uint32_t head, float* scratch) {
+                                 uint32_t head, uint32_t thread) {
   const AttentionShape& shape = step.shape;
   const size_t head_dim = shape.head_dim;
   const float* keys = product_.data() + token * plan_.weight(step.qkv).rows() + shape.query_width();
   const float* values = step.value_is_key ? keys : keys + shape.kv_width();
-  float* key = scratch;
-  float* value = scratch + head_dim;
+  float* key = heads_.data() + thread * 2 * max_head_dim_;
+  float* value = key + head_dim;
   norm_head(step.key_norm, keys + head * head_dim, shape.head_dim, key);
   norm_head(step.value_norm, values + head * head_dim, shape.head_dim, value);
   const size_t half = head_dim / 2;
   kernels_.rotate(rope.cosines.data() + token * half, rope.sines.data() + token * half, half, key);
 
-  const KvPlace place = kv_places_[step.cache.value];
-  const KvGroup& group = kv_.groups()[place.group];
-  const KvLayer& layer = group.layers[place.layer];
-  const uint32_t position = tokens_[token].position;
-  const PageId page = tokens_[token].kv->table(place.group)[position / kKvPageTokens];
-  std::byte* bytes = kv_.page(place.group, page);
-  const size_t row = (size_t{head} * kKvPageTokens + position % kKvPageTokens) * head_dim;
-  const auto store = [&](const float* from, uint64_t offset) {
-    if (layer.row.format == KvFormat::kF32) {
-      std::memcpy(bytes + offset + row * sizeof(float), from, head_dim * sizeof(float));
-    } else {
-      kernels_.to_f16(from, head_dim,
-                      reinterpret_cast<uint16_t*>(bytes + offset + row * sizeof(uint16_t)));
-    }
-  };
-  store(key, layer.key_offset);
-  store(value, layer.value_offset);
+  attention_.store(step.cache, *tokens_[token].kv, tokens_[token].position, head, key, value,
+                   thread);
 }
 
 std::optional<ValueId> CpuBackend::run_step(const AttendStep& step) {

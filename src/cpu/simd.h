@@ -50,12 +50,14 @@ inline uint16_t float_to_half(float value) {
 //   power_of_two(n)       2^n for an integral n in [-126, 127] given as n + kIntegerShift
 //   sum, largest          over the lanes
 //   store_sum4            the sums of four vectors, each in the same fixed order
+//   exchange<n>           lanes i and i ^ n change places
 struct ScalarFloat {
   static constexpr uint32_t kLanes = 1;
   float v;
 
   static ScalarFloat load(const float* p) { return {*p}; }
   static ScalarFloat load(const uint16_t* half) { return {half_to_float(*half)}; }
+  static ScalarFloat load(const int8_t* p) { return {float(*p)}; }
   static ScalarFloat all(float x) { return {x}; }
   void store(float* p) const { *p = v; }
   void store(uint16_t* half) const { *half = float_to_half(v); }
@@ -112,6 +114,10 @@ struct SimdFloat {
   static SimdFloat load(const uint16_t* halves) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)))};
   }
+  static SimdFloat load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
   static SimdFloat all(float x) { return {_mm512_set1_ps(x)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(uint16_t* halves) const {
@@ -134,6 +140,14 @@ struct SimdFloat {
   friend SimdFloat power_of_two(SimdFloat n) {
     const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(n.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(0x3f800000)))};
+  }
+  template <uint32_t kDistance>
+  friend SimdFloat exchange(SimdFloat a) {
+    if constexpr (kDistance < 4) {
+      return {_mm512_permute_ps(a.v, kDistance == 1 ? 0xb1 : 0x4e)};
+    } else {
+      return {_mm512_shuffle_f32x4(a.v, a.v, kDistance == 4 ? 0xb1 : 0x4e)};
+    }
   }
   __m128 quarters_sum() const {
     const __m256 low = _mm512_castps512_ps256(v);
@@ -163,6 +177,10 @@ struct SimdFloat {
   static SimdFloat load(const uint16_t* halves) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)))};
   }
+  static SimdFloat load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
   static SimdFloat all(float x) { return {_mm256_set1_ps(x)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(uint16_t* halves) const {
@@ -185,6 +203,14 @@ struct SimdFloat {
   friend SimdFloat power_of_two(SimdFloat n) {
     const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n.v), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(0x3f800000)))};
+  }
+  template <uint32_t kDistance>
+  friend SimdFloat exchange(SimdFloat a) {
+    if constexpr (kDistance < 4) {
+      return {_mm256_permute_ps(a.v, kDistance == 1 ? 0xb1 : 0x4e)};
+    } else {
+      return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+    }
   }
   friend float sum(SimdFloat a) {
     const __m128 half = halves_sum(a.v);
@@ -209,6 +235,12 @@ struct SimdFloat {
   static SimdFloat load(const uint16_t* halves) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)))};
   }
+  static SimdFloat load(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))};
+  }
   static SimdFloat all(float x) { return {vdupq_n_f32(x)}; }
   void store(float* p) const { vst1q_f32(p, v); }
   void store(uint16_t* halves) const { vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
@@ -232,6 +264,10 @@ struct SimdFloat {
   friend SimdFloat power_of_two(SimdFloat n) {
     const uint32x4_t shifted = vshlq_n_u32(vreinterpretq_u32_f32(n.v), 23);
     return {vreinterpretq_f32_u32(vaddq_u32(shifted, vdupq_n_u32(0x3f800000u)))};
+  }
+  template <uint32_t kDistance>
+  friend SimdFloat exchange(SimdFloat a) {
+    return {kDistance == 1 ? vrev64q_f32(a.v) : vextq_f32(a.v, a.v, 2)};
   }
   friend float sum(SimdFloat a) { return vaddvq_f32(a.v); }  // (0 + 1) + (2 + 3), as in sum4
   friend float largest(SimdFloat a) { return vmaxvq_f32(a.v); }

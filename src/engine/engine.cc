@@ -51,7 +51,6 @@ void page_in(const backend::Plan& plan, const Progress& progress) {
 // A backend that this build has.
 struct BackendKind {
   std::string_view name;
-  std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
   uint32_t (*devices)();
   uint64_t (*free_bytes)(const backend::Plan&, backend::WeightStorage, uint32_t device);
   std::unique_ptr<backend::Backend> (*make)(const backend::Plan&, const backend::BackendOptions&,
@@ -77,22 +76,16 @@ uint64_t free_host_bytes(const backend::Plan&, backend::WeightStorage, uint32_t)
 
 // The best first: "auto" takes the first that has a device.
 const std::vector<BackendKind>& backends() {
-  using enum backend::KvFormat;
   static const std::vector<BackendKind> kinds = {
 #ifdef NIBBLE_HAS_CUDA
       {"cuda",
-       {kF16},
        cuda::device_count,
        cuda::free_bytes_for,
        cuda::make_cuda_backend,
        {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect}},
 #endif
-      {"cpu", {kF16, kF32}, one_device, free_host_bytes, make_on_host<cpu::make_cpu_backend>},
-      {"reference",
-       {kF32, kF16},
-       one_device,
-       free_host_bytes,
-       make_on_host<reference::make_reference_backend>},
+      {"cpu", one_device, free_host_bytes, make_on_host<cpu::make_cpu_backend>},
+      {"reference", one_device, free_host_bytes, make_on_host<reference::make_reference_backend>},
   };
   return kinds;
 }
@@ -113,6 +106,26 @@ const BackendKind& find_backend(std::string_view name) {
   fail(ErrorCode::kInvalidArgument, "there is no backend '{}'; this build has: {}", name, names);
 }
 
+// What a backend's kernels read, whether this build has it or not.
+struct KvSupport {
+  std::string_view backend;
+  std::vector<backend::KvFormat> formats;  // the first one where none is asked for
+  bool shared_rows;
+};
+
+// nullptr: no backend's name.
+const KvSupport* find_kv_support(std::string_view backend) {
+  using enum backend::KvFormat;
+  static const KvSupport support[] = {
+      {"cuda", {kF16}, false},
+      {"cpu", {kF16, kQ8, kTq4, kF32}, true},
+      {"reference", {kF32, kF16, kQ8, kTq4}, true},
+  };
+  if (backend == "auto") backend = find_backend("auto").name;
+  const auto* found = std::ranges::find(support, backend, &KvSupport::backend);
+  return found == std::end(support) ? nullptr : found;
+}
+
 void validate(const EngineOptions& options, const BackendKind& kind) {
   if (options.sessions == 0 || options.sessions > kMaxSessions) {
     fail(ErrorCode::kInvalidArgument, "{} sessions asked for, expected 1 to {}", options.sessions,
@@ -126,9 +139,10 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
     fail(ErrorCode::kInvalidArgument, "device {} asked for, but backend '{}' has {}, from 0 on",
          options.device, kind.name, kind.devices());
   }
-  if (options.kv_format && !has_kv_format(options.backend, *options.kv_format)) {
-    fail(ErrorCode::kUnsupported, "backend '{}' has no {} KV", kind.name,
-         to_string(*options.kv_format));
+  for (const auto& format : {options.kv_format, options.kv_window_format}) {
+    if (format && std::ranges::count(kv_formats(kind.name), *format) == 0) {
+      fail(ErrorCode::kUnsupported, "backend '{}' has no {} KV", kind.name, to_string(*format));
+    }
   }
   if (options.weights && std::ranges::count(kind.weights, *options.weights) == 0) {
     fail(ErrorCode::kUnsupported, "backend '{}' has no {} weights, only {} ones", kind.name,
@@ -138,8 +152,29 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
 
 }  // namespace
 
-bool has_kv_format(std::string_view backend, backend::KvFormat format) {
-  return std::ranges::count(find_backend(backend).kv_formats, format) > 0;
+std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
+  const KvSupport* support = find_kv_support(backend);
+  return support ? support->formats : std::span<const backend::KvFormat>();
+}
+
+backend::KvOptions kv_options(const EngineOptions& options) {
+  using enum backend::KvFormat;
+  const KvSupport* support = find_kv_support(options.backend);
+  NIBBLE_CHECK(support != nullptr);
+  const backend::KvFormat format = options.kv_format.value_or(support->formats.front());
+  return {.format = format,
+          .window_format = options.kv_window_format.value_or(format == kF32 ? kF32 : kF16),
+          .layout = support->shared_rows ? options.kv_layout : backend::KvLayout::kSplit};
+}
+
+std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options) {
+  std::vector<backend::KvOptions> choices;
+  for (const backend::KvFormat format : kv_formats(options.backend)) {
+    if (!allows(plan, format)) continue;
+    options.kv_format = format;
+    choices.push_back(kv_options(options));
+  }
+  return choices;
 }
 
 struct Engine::Parts {
@@ -183,13 +218,14 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
          path.string(), file.packed()->source_name());
   }
   auto parts = std::make_unique<Parts>(std::move(file));
-  const SizeRequest request{.format = options.kv_format.value_or(kind.kv_formats.front()),
+  const SizeRequest request{.kv = kv_options(options),
+                            .alternatives = kv_choices(parts->plan, options),
                             .context = options.context,
                             .sessions = options.sessions,
                             .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch};
   Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, weights, options.device));
   parts->backend = kind.make(parts->plan,
-                             {.kv = backend::KvOptions::all(request.format),
+                             {.kv = request.kv,
                               .weights = weights,
                               .ubatch = request.ubatch,
                               .threads = options.threads,

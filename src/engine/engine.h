@@ -24,8 +24,12 @@ class Session;
 
 struct EngineOptions {
   std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
-  std::optional<backend::KvFormat> kv_format;     // nullopt: the backend's default (f16)
   std::optional<backend::WeightStorage> weights;  // nullopt: the faster one that the backend has
+  std::optional<backend::KvFormat> kv_format;     // nullopt: the backend's default (f16)
+  // Of layers with a sliding window, which are small; nullopt: f32 if the others are, else f16.
+  std::optional<backend::KvFormat> kv_window_format;
+  // Where a backend can't read shared rows, kAuto means split ones.
+  backend::KvLayout kv_layout = backend::KvLayout::kAuto;
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve
   uint32_t threads = 0;   // 0: one per core
@@ -33,9 +37,13 @@ struct EngineOptions {
   uint32_t device = 0;
 };
 
-// Whether a backend, named as in EngineOptions, stores keys and values so. Throws as open() does
-// for a backend that there isn't.
-bool has_kv_format(std::string_view backend, backend::KvFormat format);
+// In which formats a backend, named as in EngineOptions, stores keys and values; its default first.
+// Also of "cuda" where this build or machine has none; empty for a name that is no backend's.
+std::span<const backend::KvFormat> kv_formats(std::string_view backend);
+// How open() stores them: what `options` leave open is decided. The backend must be one.
+backend::KvOptions kv_options(const EngineOptions& options);
+// The same with each format that backend and model allow.
+std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options);
 
 // Bytes that a model needs on a backend, computed without loading it.
 struct MemoryNeeds {
@@ -44,7 +52,7 @@ struct MemoryNeeds {
   uint64_t workspace_bytes;
   uint64_t total() const { return weights_bytes + kv_bytes + workspace_bytes; }
 };
-MemoryNeeds memory_needs(const backend::Plan& plan, backend::KvFormat format, uint32_t context,
+MemoryNeeds memory_needs(const backend::Plan& plan, const backend::KvOptions& kv, uint32_t context,
                          uint32_t ubatch);
 
 // One model on one device, shared by its sessions, which it must outlive. Not thread-safe, except

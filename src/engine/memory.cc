@@ -11,8 +11,8 @@
 namespace nibble::engine {
 namespace {
 
-using backend::KvFormat;
 using backend::KvGroup;
+using backend::KvOptions;
 using backend::Plan;
 
 constexpr uint64_t kUnbounded = std::numeric_limits<uint64_t>::max();
@@ -41,16 +41,17 @@ uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
   return (width * ubatch + plan.vocabulary) * sizeof(float);
 }
 
-uint64_t bytes_for(const Plan& plan, KvFormat format, uint32_t context,
+uint64_t bytes_for(const Plan& plan, const KvOptions& kv, uint32_t context,
                    const SizeRequest& request) {
-  const MemoryNeeds one = memory_needs(plan, format, context, request.ubatch);
-  const auto kv = checked_mul(one.kv_bytes, request.sessions);
-  const auto all = checked_add(one.weights_bytes + one.workspace_bytes, kv.value_or(kUnbounded));
+  const MemoryNeeds one = memory_needs(plan, kv, context, request.ubatch);
+  const auto kv_bytes = checked_mul(one.kv_bytes, request.sessions);
+  const auto all =
+      checked_add(one.weights_bytes + one.workspace_bytes, kv_bytes.value_or(kUnbounded));
   return all.value_or(kUnbounded);
 }
 
 // 0 when not even one token fits.
-uint32_t largest_context(const Plan& plan, KvFormat format, const SizeRequest& request,
+uint32_t largest_context(const Plan& plan, const KvOptions& kv, const SizeRequest& request,
                          uint64_t free_bytes) {
   // A sixteenth stays free for the tokenizer, the program itself and the neighbours.
   const uint64_t usable = free_bytes - free_bytes / 16;
@@ -58,7 +59,7 @@ uint32_t largest_context(const Plan& plan, KvFormat format, const SizeRequest& r
   uint32_t high = plan.trained_context;
   while (low < high) {
     const uint32_t middle = high - (high - low) / 2;
-    if (bytes_for(plan, format, middle, request) <= usable) {
+    if (bytes_for(plan, kv, middle, request) <= usable) {
       low = middle;
     } else {
       high = middle - 1;
@@ -74,10 +75,10 @@ std::string in_words(uint64_t bytes) {
 // "; what would fit: ..." for an error message.
 std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
   std::string list;
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kF16}) {
-    const uint32_t context = largest_context(plan, format, request, free_bytes);
+  for (const KvOptions& kv : request.alternatives) {
+    const uint32_t context = largest_context(plan, kv, request, free_bytes);
     if (context == 0) continue;
-    list += fmt::format("{}-c {} --kv {}", list.empty() ? "" : ", ", context, to_string(format));
+    list += fmt::format("{}-c {} --kv {}", list.empty() ? "" : ", ", context, to_string(kv.format));
   }
   if (list.empty()) return "not even one token of context would fit: take a smaller model";
   return "what would fit: " + list;
@@ -85,11 +86,11 @@ std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_
 
 }  // namespace
 
-MemoryNeeds memory_needs(const Plan& plan, KvFormat format, uint32_t context, uint32_t ubatch) {
+MemoryNeeds memory_needs(const Plan& plan, const KvOptions& kv, uint32_t context, uint32_t ubatch) {
   MemoryNeeds needs{.weights_bytes = plan.weight_bytes(),
                     .kv_bytes = 0,
                     .workspace_bytes = workspace_bytes(plan, ubatch)};
-  for (const KvGroup& group : make_kv_groups(plan, backend::KvOptions::all(format))) {
+  for (const KvGroup& group : make_kv_groups(plan, kv)) {
     needs.kv_bytes += session_pages(group, context, ubatch) * group.page_bytes;
   }
   return needs;
@@ -97,18 +98,19 @@ MemoryNeeds memory_needs(const Plan& plan, KvFormat format, uint32_t context, ui
 
 Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
   uint32_t context = request.context;
-  if (context == 0) context = largest_context(plan, request.format, request, free_bytes);
+  if (context == 0) context = largest_context(plan, request.kv, request, free_bytes);
   const uint32_t least = std::max(context, 1u);
-  const uint64_t needed = bytes_for(plan, request.format, least, request);
+  const uint64_t needed = bytes_for(plan, request.kv, least, request);
   if (context == 0 || needed > free_bytes) {
     fail(ErrorCode::kOutOfMemory,
          "{} of weights and {} session(s) of {} tokens with {} KV need {} of memory, {} are free; "
          "{}",
-         in_words(plan.weight_bytes()), request.sessions, least, to_string(request.format),
-         in_words(needed), in_words(free_bytes), what_would_fit(plan, request, free_bytes));
+         in_words(plan.weight_bytes()), request.sessions, least,
+         describe_kv(make_kv_groups(plan, request.kv)), in_words(needed), in_words(free_bytes),
+         what_would_fit(plan, request, free_bytes));
   }
   Size size{.context = context, .max_kv_pages = {}};
-  for (const KvGroup& group : make_kv_groups(plan, backend::KvOptions::all(request.format))) {
+  for (const KvGroup& group : make_kv_groups(plan, request.kv)) {
     const uint64_t pages = session_pages(group, context, request.ubatch) * request.sessions;
     size.max_kv_pages.push_back(
         static_cast<uint32_t>(std::min<uint64_t>(pages, std::numeric_limits<uint32_t>::max())));

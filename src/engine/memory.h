@@ -14,8 +14,9 @@ namespace nibble::engine {
 inline constexpr uint32_t kMaxSnapshots = 2;
 
 struct SizeRequest {
-  backend::KvFormat format;
-  uint32_t context;  // 0: as much as fits, up to the trained context
+  backend::KvOptions kv;
+  std::vector<backend::KvOptions> alternatives;  // for what a refusal proposes
+  uint32_t context;                              // 0: as much as fits, up to the trained context
   uint32_t sessions;
   uint32_t ubatch;
 };

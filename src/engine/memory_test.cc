@@ -9,6 +9,7 @@ namespace nibble::engine {
 namespace {
 
 using backend::KvFormat;
+using backend::KvOptions;
 
 constexpr std::byte kWeights[1000] = {};
 
@@ -25,12 +26,16 @@ backend::Plan plan_of(uint32_t trained_context) {
 }
 
 SizeRequest request(uint32_t context, uint32_t sessions = 1) {
-  return {.format = KvFormat::kF16, .context = context, .sessions = sessions, .ubatch = 64};
+  return {.kv = {},
+          .alternatives = {KvOptions{}, KvOptions::all(KvFormat::kF32)},
+          .context = context,
+          .sessions = sessions,
+          .ubatch = 64};
 }
 
 TEST(MemoryNeeds, KvFollowsContextWindowAndFormat) {
   const backend::Plan plan = plan_of(8192);
-  const MemoryNeeds f16 = memory_needs(plan, KvFormat::kF16, 4096, 64);
+  const MemoryNeeds f16 = memory_needs(plan, KvOptions{}, 4096, 64);
   EXPECT_EQ(f16.weights_bytes, 1000u);
   const uint64_t page = 2 * 64 * 32 * 2;
   // Full layer: 128 pages and one for each snapshot; sliding: window, ubatch and a page, and the
@@ -38,7 +43,8 @@ TEST(MemoryNeeds, KvFollowsContextWindowAndFormat) {
   const uint64_t full = 128 + kMaxSnapshots;
   const uint64_t sliding = (128 + 64 + 32) / 32 + kMaxSnapshots * (128 + 32) / 32;
   EXPECT_EQ(f16.kv_bytes, page * (full + sliding));
-  EXPECT_EQ(memory_needs(plan, KvFormat::kF32, 4096, 64).kv_bytes, 2 * f16.kv_bytes);
+  EXPECT_EQ(memory_needs(plan, KvOptions::all(KvFormat::kF32), 4096, 64).kv_bytes,
+            2 * f16.kv_bytes);
   EXPECT_EQ(f16.total(), f16.weights_bytes + f16.kv_bytes + f16.workspace_bytes);
 }
 
@@ -53,8 +59,8 @@ TEST(Fit, ElseTheLargestThatFits) {
   const uint64_t free_bytes = 100'000'000;
   const uint32_t context = fit(plan, request(0), free_bytes).context;
   const uint64_t usable = free_bytes - free_bytes / 16;
-  EXPECT_LE(memory_needs(plan, KvFormat::kF16, context, 64).total(), usable);
-  EXPECT_GT(memory_needs(plan, KvFormat::kF16, context + 1, 64).total(), usable);
+  EXPECT_LE(memory_needs(plan, KvOptions{}, context, 64).total(), usable);
+  EXPECT_GT(memory_needs(plan, KvOptions{}, context + 1, 64).total(), usable);
   const uint32_t shared = fit(plan, request(0, 10), free_bytes).context;
   EXPECT_LT(shared, context / 9);
 }
@@ -80,9 +86,9 @@ std::string refusal(const backend::Plan& plan, const SizeRequest& request, uint6
 TEST(Fit, RefusalSaysNeededFreeAndWhatWouldFit) {
   const backend::Plan plan = plan_of(1'000'000);
   SizeRequest large = request(1'000'000);
-  large.format = KvFormat::kF32;
+  large.kv = KvOptions::all(KvFormat::kF32);
   const std::string message = refusal(plan, large, 100'000'000);
-  const uint64_t needed = memory_needs(plan, KvFormat::kF32, 1'000'000, 64).total();
+  const uint64_t needed = memory_needs(plan, KvOptions::all(KvFormat::kF32), 1'000'000, 64).total();
   EXPECT_NE(message.find(std::to_string(needed) + " bytes"), std::string::npos) << message;
   EXPECT_NE(message.find("100000000 bytes"), std::string::npos) << message;
   const uint32_t f16 = fit(plan, request(0), 100'000'000).context;

@@ -527,8 +527,11 @@ TEST(KvBudget, SessionsAndTheirSnapshotsNeverNeedMore) {
   SCOPED_TRACE(seed);
   std::mt19937_64 random(seed);
   for (const uint32_t count : {1, 3}) {
-    const SizeRequest request{
-        .format = backend::KvFormat::kF32, .context = 300, .sessions = count, .ubatch = kUbatch};
+    const SizeRequest request{.kv = backend::KvOptions::all(backend::KvFormat::kF32),
+                              .alternatives = {},
+                              .context = 300,
+                              .sessions = count,
+                              .ubatch = kUbatch};
     const Size size = fit(fake_plan(), request, uint64_t{1} << 40);
     FakeBackend backend(kUbatch);  // with room for more, to see what is taken
     backend.before_layer = [&](uint32_t) {

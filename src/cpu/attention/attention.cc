@@ -1,6 +1,7 @@
 #include "cpu/attention/attention.h"
 
 #include <algorithm>
+#include <utility>
 #include <variant>
 
 #include "base/checked_math.h"
@@ -12,6 +13,7 @@ using backend::AttendStep;
 using backend::AttentionShape;
 using backend::kKvPageTokens;
 using backend::KvFormat;
+using backend::SharedKvRow;
 
 const AttentionKernels& attention_kernels(Isa isa, uint32_t head_dim) {
 #if defined(__x86_64__)
@@ -40,23 +42,40 @@ SoftmaxState state_at(float* memory, size_t rows, size_t head_dim) {
   return {.maximum = maximum, .sum = maximum + rows, .values = memory};
 }
 
+// Calls body(d, key_place, value_place, count) for the runs of dimensions that stay together.
+template <class Body>
+void for_each_run(const SharedKvRow& row, const Body& body) {
+  const uint32_t half = row.head_dim / 2, rope_half = row.rope_dims / 2;
+  const auto run = [&](uint32_t d, uint32_t count) {
+    if (count != 0) body(d, row.key_place(d), row.value_place(d), count);
+  };
+  for (const uint32_t first : {0u, half}) {
+    run(first, rope_half);
+    run(first + rope_half, half - rope_half);
+  }
+}
+
 }  // namespace
 
 struct Attention::Job {
   const AttendStep& step;
   const AttentionKernels& kernels;
-  uint32_t group_index;
-  const backend::KvGroup& group;
-  const backend::KvLayer& layer;
+  const Rows& rows;
+  uint32_t window;
   const float* query;
   float* output;
 
   const AttentionShape& shape() const { return step.shape; }
   uint32_t first_visible(uint32_t position) const {
-    return group.window == 0 || position < group.window ? 0 : position - group.window + 1;
+    return window == 0 || position < window ? 0 : position - window + 1;
   }
-  QueryBlock queries(const Block& block) const;
-  void finish(const Block& block, const QueryBlock& queries, const SoftmaxState& state) const;
+  // The block's queries, in `scratch` if they must be put in the rows' order.
+  QueryBlock queries(const Block& block, ThreadScratch& scratch) const;
+  void query_to_row(const float* query, float* row) const;
+  // The sums to outputs. The queries are no longer needed.
+  void finish(const Block& block, const QueryBlock& queries, const SoftmaxState& state,
+              ThreadScratch& scratch) const;
+  void output_from_row(float* row, float* output) const;
   size_t row_offset(const Block& block, uint32_t row) const {
     const size_t token = block.sequence->first_row + block.first_token + row / block.heads;
     return token * shape().query_width() +
@@ -64,7 +83,7 @@ struct Attention::Job {
   }
 };
 
-QueryBlock Attention::Job::queries(const Block& block) const {
+QueryBlock Attention::Job::queries(const Block& block, ThreadScratch& scratch) const {
   QueryBlock result;
   result.rows = block.rows();
   result.head_dim = shape().head_dim;
@@ -75,20 +94,71 @@ QueryBlock Attention::Job::queries(const Block& block) const {
     result.queries[row] = query + row_offset(block, row);
     result.begin[row] = first_visible(position);
     result.end[row] = position + 1;
+    if (rows.as_heads()) continue;
+    float* ordered = scratch.heads.data() + size_t{row} * result.head_dim;
+    query_to_row(result.queries[row], ordered);
+    result.queries[row] = ordered;
   }
   return result;
 }
 
+void Attention::Job::query_to_row(const float* query, float* row) const {
+  const uint32_t head_dim = shape().head_dim;
+  if (rows.layer->shared) {
+    const uint32_t rope_dims = rows.layer->shared->rope_dims;
+    for_each_run(*rows.layer->shared, [&](uint32_t d, uint32_t place, uint32_t, uint32_t count) {
+      if (place < rope_dims || rows.shared_key_weight.empty()) {
+        std::copy_n(query + d, count, row + place);
+        return;
+      }
+      const float* weight = &rows.shared_key_weight[d];
+      for (uint32_t i = 0; i < count; ++i) row[place + i] = query[d + i] * weight[i];
+    });
+  } else {
+    std::copy_n(query, head_dim, row);
+  }
+  if (rows.rotated_block != 0) kernels.rotate(row, head_dim, rows.rotated_block);
+}
+
 void Attention::Job::finish(const Block& block, const QueryBlock& queries,
-                            const SoftmaxState& state) const {
+                            const SoftmaxState& state, ThreadScratch& scratch) const {
   float* outputs[kMaxBlockRows];
-  for (uint32_t row = 0; row < queries.rows; ++row) outputs[row] = output + row_offset(block, row);
+  for (uint32_t row = 0; row < queries.rows; ++row) {
+    outputs[row] = rows.as_heads() ? output + row_offset(block, row)
+                                   : scratch.heads.data() + size_t{row} * queries.head_dim;
+  }
   kernels.finish(queries, state, outputs);
+  if (rows.as_heads()) return;
+  for (uint32_t row = 0; row < queries.rows; ++row) {
+    output_from_row(outputs[row], output + row_offset(block, row));
+  }
+}
+
+void Attention::Job::output_from_row(float* row, float* output) const {
+  const uint32_t head_dim = shape().head_dim;
+  if (rows.rotated_block != 0) kernels.rotate_back(row, head_dim, rows.rotated_block);
+  if (!rows.layer->shared) {
+    std::copy_n(row, head_dim, output);
+    return;
+  }
+  const uint32_t begin = rows.layer->shared->value_begin();
+  for_each_run(*rows.layer->shared, [&](uint32_t d, uint32_t, uint32_t place, uint32_t count) {
+    std::copy_n(row + place - begin, count, output + d);
+  });
 }
 
 Attention::Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan,
                      const backend::HostKvStore& kv)
-    : isa_(isa), pool_(pool), kv_(kv), places_(kv_places(plan, kv.groups())) {
+    : isa_(isa), pool_(pool), kv_(kv) {
+  uint32_t most_row_values = 0;
+  for (const backend::KvPlace place : kv_places(plan, kv.groups())) {
+    const backend::KvLayer& layer = kv.groups()[place.group].layers[place.layer];
+    rows_.push_back({.group = place.group,
+                     .layer = &layer,
+                     .shared_key_weight = backend::shared_key_weight(plan, layer.cache),
+                     .rotated_block = layer.row.format == KvFormat::kTq4 ? layer.row.block : 0});
+    most_row_values = std::max(most_row_values, layer.row.values);
+  }
   uint32_t head_dim = 0;
   uint64_t partial_floats = 0;
   for (const backend::Step& step : plan.steps) {
@@ -106,33 +176,58 @@ Attention::Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan,
   for (uint32_t thread = 0; thread < pool.size(); ++thread) {
     const size_t state = state_floats(kMaxBlockRows, head_dim);
     scratch_.push_back({.kernels = AlignedArray<AttentionScratch>(1),
-                        .page = AlignedArray<float>(size_t{kKvPageTokens} * head_dim),
+                        .tile = AlignedArray<float>(tile_floats(head_dim)),
                         .span_state = AlignedArray<float>(state),
-                        .state = AlignedArray<float>(state)});
-    scratch_.back().kernels.data()->page = scratch_.back().page.data();
+                        .state = AlignedArray<float>(state),
+                        .heads = AlignedArray<float>(size_t{kMaxBlockRows} * head_dim),
+                        .row = AlignedArray<float>(most_row_values)});
+    scratch_.back().kernels.data()->tile = scratch_.back().tile.data();
   }
 }
 
 uint64_t Attention::workspace_bytes() const {
   uint64_t total = partials_.bytes();
   for (const ThreadScratch& scratch : scratch_) {
-    total += scratch.kernels.bytes() + scratch.page.bytes() + scratch.span_state.bytes() +
-             scratch.state.bytes();
+    total += scratch.kernels.bytes() + scratch.tile.bytes() + scratch.span_state.bytes() +
+             scratch.state.bytes() + scratch.heads.bytes() + scratch.row.bytes();
   }
   return total;
 }
 
+void Attention::store(backend::KvId cache, const backend::KvSequence& kv, uint32_t position,
+                      uint32_t kv_head, float* key, float* value, uint32_t thread) {
+  const Rows& rows = rows_[cache.value];
+  const backend::KvLayer& layer = *rows.layer;
+  const backend::KvRowLayout& row = layer.row;
+  const AttentionKernels& kernels = attention_kernels(isa_, row.values);
+  const backend::PageId page = kv.table(rows.group)[position / kKvPageTokens];
+  const auto store_row = [&](float* values, uint64_t part_offset) {
+    std::byte* head = kv_.page(rows.group, page) + part_offset + kv_head * row.head_bytes();
+    const size_t index = position % kKvPageTokens;
+    kernels.store[size_t(row.format)](
+        values, row.values, row.block, head + index * row.number_bytes(),
+        reinterpret_cast<uint16_t*>(head + row.scales_offset()) + index * row.scales());
+  };
+  if (!layer.shared) {
+    store_row(key, layer.key_offset);
+    store_row(value, layer.value_offset);
+    return;
+  }
+  float* shared = scratch_[thread].row.data();
+  for_each_run(*layer.shared,
+               [&](uint32_t d, uint32_t key_place, uint32_t value_place, uint32_t count) {
+                 std::copy_n(key + d, count, shared + key_place);
+                 std::copy_n(value + d, count, shared + value_place);  // over it where both agree
+               });
+  store_row(shared, layer.key_offset);
+}
+
 void Attention::run(const AttendStep& step, std::span<const BatchRows> sequences,
                     const float* query, float* output) {
-  const backend::KvPlace place = places_[step.cache.value];
-  const backend::KvGroup& group = kv_.groups()[place.group];
-  const Job job{step,
-                attention_kernels(isa_, step.shape.head_dim),
-                place.group,
-                group,
-                group.layers[place.layer],
-                query,
-                output};
+  const Rows& rows = rows_[step.cache.value];
+  const Job job{step,  attention_kernels(isa_, step.shape.head_dim),
+                rows,  kv_.groups()[rows.group].window,
+                query, output};
   list_blocks(job, sequences);
   list_tasks(job);
   pool_.for_each_chunk(tasks_.size(), 1, [&](size_t begin, size_t, uint32_t thread) {
@@ -206,7 +301,7 @@ void Attention::list_tasks(const Job& job) {
 
 void Attention::run_task(const Job& job, const Task& task, ThreadScratch& scratch) const {
   const Block& block = blocks_[task.block];
-  const QueryBlock queries = job.queries(block);
+  const QueryBlock queries = job.queries(block, scratch);
   const uint32_t head_dim = queries.head_dim;
   if (task.span != kAllSpans) {
     float* memory = block.partial + task.span * state_floats(queries.rows, head_dim);
@@ -220,11 +315,11 @@ void Attention::run_task(const Job& job, const Task& task, ThreadScratch& scratc
     attend_span(job, block, queries, span, scratch, next);
     job.kernels.merge(queries, next, state);
   }
-  job.finish(block, queries, state);
+  job.finish(block, queries, state, scratch);
 }
 
 void Attention::merge_spans(const Job& job, const Block& block, ThreadScratch& scratch) const {
-  const QueryBlock queries = job.queries(block);
+  const QueryBlock queries = job.queries(block, scratch);
   const uint32_t head_dim = queries.head_dim;
   const SoftmaxState state = state_at(scratch.state.data(), queries.rows, head_dim);
   job.kernels.clear(queries, state);
@@ -232,29 +327,41 @@ void Attention::merge_spans(const Job& job, const Block& block, ThreadScratch& s
     float* memory = block.partial + span * state_floats(queries.rows, head_dim);
     job.kernels.merge(queries, state_at(memory, queries.rows, head_dim), state);
   }
-  job.finish(block, queries, state);
+  job.finish(block, queries, state, scratch);
 }
 
 void Attention::attend_span(const Job& job, const Block& block, const QueryBlock& queries,
                             uint32_t span_index, ThreadScratch& scratch,
                             const SoftmaxState& state) const {
-  const bool f32 = job.layer.row.format == KvFormat::kF32;
-  const size_t head_bytes =
-      size_t{kKvPageTokens} * queries.head_dim * (f32 ? sizeof(float) : sizeof(uint16_t));
-  const std::vector<backend::PageId>& table = block.sequence->kv->table(job.group_index);
+  const backend::KvLayer& layer = *job.rows.layer;
+  const backend::KvRowLayout& row = layer.row;
+  const std::vector<backend::PageId>& table = block.sequence->kv->table(job.rows.group);
+  // Where the value begins in a row: in bytes of numbers, and in scales.
+  const uint32_t value_begin = layer.shared ? layer.shared->value_begin() : 0;
+  const uint64_t value_number = uint64_t{value_begin} * row.number_bytes() / row.values;
+  const uint64_t value_scale = row.block == 0 ? 0 : value_begin / row.block;
 
   KvSpan span;
   span.first = (block.first_span() + span_index) * kSpanTokens;
   span.begin = std::max(span.first, block.begin);
   span.end = std::min(span.first + kSpanTokens, block.end);
+  span.row_bytes = row.number_bytes();
+  span.row_scales = row.scales();
+  span.block = row.block;
   for (uint32_t page = span.begin / kKvPageTokens; page * kKvPageTokens < span.end; ++page) {
     NIBBLE_CHECK(table[page] != backend::kNoPage);
-    const std::byte* bytes = kv_.page(job.group_index, table[page]) + block.kv_head * head_bytes;
-    span.keys[page % kSpanPages] = bytes + job.layer.key_offset;
-    span.values[page % kSpanPages] = bytes + job.layer.value_offset;
+    const std::byte* head =
+        kv_.page(job.rows.group, table[page]) + block.kv_head * row.head_bytes();
+    const uint32_t at = page % kSpanPages;
+    const auto set = [&](KvSpan::Rows& rows, const std::byte* first, uint64_t number,
+                         uint64_t scale) {
+      rows.numbers[at] = first + number;
+      rows.scales[at] = reinterpret_cast<const uint16_t*>(first + row.scales_offset()) + scale;
+    };
+    set(span.keys, head + layer.key_offset, 0, 0);
+    set(span.values, head + layer.value_offset, value_number, value_scale);
   }
-  const auto attend = f32 ? job.kernels.attend_f32 : job.kernels.attend_f16;
-  attend(queries, span, *scratch.kernels.data(), state);
+  job.kernels.attend[size_t(row.format)](queries, span, *scratch.kernels.data(), state);
 }
 
 }  // namespace nibble::cpu

@@ -34,10 +34,25 @@ class Attention {
            const float* query,  // [rows, query_width]
            float* output);      // [rows, query_width]
 
+  // Stores one head's key and value at a position that `kv` is prepared for; [head_dim] each. Both
+  // are changed. `thread` is the pool's, or any while the pool is idle.
+  void store(backend::KvId cache, const backend::KvSequence& kv, uint32_t position,
+             uint32_t kv_head, float* key, float* value, uint32_t thread);
+
   uint64_t workspace_bytes() const;
 
  private:
   struct Job;
+
+  // Where a layer's rows lie, and how its heads become rows.
+  struct Rows {
+    uint32_t group;
+    const backend::KvLayer* layer;
+    std::span<const float> shared_key_weight;
+    uint32_t rotated_block;  // of tq4; else 0
+
+    bool as_heads() const { return !layer->shared && rotated_block == 0; }
+  };
 
   // Rows that one thread takes through a span: some tokens of a sequence, some query heads of a KV
   // head.
@@ -59,7 +74,9 @@ class Attention {
   };
   struct ThreadScratch {
     AlignedArray<AttentionScratch> kernels;  // one
-    AlignedArray<float> page, span_state, state;
+    AlignedArray<float> tile, span_state, state;
+    AlignedArray<float> heads;  // [kMaxBlockRows, head_dim], queries or outputs in the rows' order
+    AlignedArray<float> row;    // one to be stored
   };
 
   void list_blocks(const Job& job, std::span<const BatchRows> sequences);
@@ -72,7 +89,7 @@ class Attention {
   const Isa isa_;
   ThreadPool& pool_;
   const backend::HostKvStore& kv_;
-  const std::vector<backend::KvPlace> places_;
+  std::vector<Rows> rows_;              // [cache]
   std::vector<ThreadScratch> scratch_;  // [thread]
   AlignedArray<float> partials_;
   std::vector<Block> blocks_;

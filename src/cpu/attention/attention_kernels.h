@@ -4,10 +4,12 @@
 // Scores are dot products of kTileRows query rows with four keys at a time: enough independent
 // sums to hide the latency of multiply_add, few enough for the registers, and each loaded vector
 // is used in several products. The weighted sum of values does the same with kTileRows rows and
-// kSumVectors vectors of head_dim. Halves are widened as they are loaded, or, when many rows will
-// read them, once into a page of floats: the arithmetic is the same.
+// kSumVectors vectors of head_dim. Floats are read where they lie, and so are halves, which are
+// widened as they are loaded, until many rows would read them; other formats become floats a tile
+// at a time (AttentionScratch). The arithmetic is the same.
 
 #include "cpu/attention/kernels.h"
+#include "cpu/attention/kv_rows.h"
 #include "cpu/simd.h"
 
 namespace nibble::cpu {
@@ -43,42 +45,65 @@ inline void for_row_tiles(uint32_t rows, const Body& body, uint32_t row = 0) {
   }
 }
 
+// Whether the format's rows are read where they lie. Widening halves costs less than reading twice
+// as many bytes, until many rows share it.
+template <class Rows>
+inline bool reads_plainly(const QueryBlock& block) {
+  return sizeof(typename Rows::Element) == sizeof(float) || block.rows < kRowsWorthWidening;
+}
+
 // Which keys of a page somebody sees, counted from the page's first.
 struct PageRange {
   uint32_t begin;
   uint32_t end;
 };
 
+// Dot products with the keys of a tile, `stride` elements apart.
 template <uint32_t kRows, class Element>
-void score_rows(const float* const* queries,  // [kRows] of [head_dim]
-                const Element* keys,          // [kKvPageTokens, head_dim]
-                PageRange range, uint32_t head_dim,
-                float (*scores)[kKvPageTokens]) {  // [kRows]
-  for (uint32_t key = range.begin / 4 * 4; key < range.end; key += 4) {
-    SimdFloat sums[kRows][4];
-    for (auto& row : sums) {
-      for (SimdFloat& s : row) s = SimdFloat::all(0);
-    }
-    const Element* four = keys + size_t{key} * head_dim;
-    for (uint32_t d = 0; d < head_dim; d += SimdFloat::kLanes) {
-      SimdFloat k[4];
-      for (uint32_t j = 0; j < 4; ++j) k[j] = SimdFloat::load(four + j * head_dim + d);
-      for (uint32_t r = 0; r < kRows; ++r) {
-        const SimdFloat q = SimdFloat::load(queries[r] + d);
-        for (uint32_t j = 0; j < 4; ++j) sums[r][j] = multiply_add(q, k[j], sums[r][j]);
-      }
-    }
-    for (uint32_t r = 0; r < kRows; ++r) store_sum4(sums[r], scores[r] + key);
+inline void score_rows(const float* const* queries,  // [kRows] of [head_dim]
+                       const Element* keys,          // [kTileKeys, stride]
+                       size_t stride, uint32_t key, uint32_t head_dim,
+                       float (*scores)[kKvPageTokens]) {  // [kRows]
+  SimdFloat sums[kRows][kTileKeys];
+  for (auto& row : sums) {
+    for (SimdFloat& s : row) s = SimdFloat::all(0);
   }
+  for (uint32_t d = 0; d < head_dim; d += SimdFloat::kLanes) {
+    SimdFloat k[kTileKeys];
+    for (uint32_t j = 0; j < kTileKeys; ++j) k[j] = SimdFloat::load(keys + j * stride + d);
+    for (uint32_t r = 0; r < kRows; ++r) {
+      const SimdFloat q = SimdFloat::load(queries[r] + d);
+      for (uint32_t j = 0; j < kTileKeys; ++j) sums[r][j] = multiply_add(q, k[j], sums[r][j]);
+    }
+  }
+  for (uint32_t r = 0; r < kRows; ++r) store_sum4(sums[r], scores[r] + key);
 }
 
 template <class Element>
-void score_page(const QueryBlock& block, const Element* keys, PageRange range,
-                AttentionScratch& scratch) {
+inline void score_tile(const QueryBlock& block, const Element* keys, size_t stride, uint32_t key,
+                       AttentionScratch& scratch) {
   for_row_tiles<kTileRows>(block.rows, [&](auto rows, uint32_t row) {
-    score_rows<decltype(rows)::kCount>(block.queries + row, keys, range, block.head_dim,
+    score_rows<decltype(rows)::kCount>(block.queries + row, keys, stride, key, block.head_dim,
                                        scratch.scores + row);
   });
+}
+
+template <class Rows>
+void score_page(const QueryBlock& block, const PageRows& page, PageRange range,
+                AttentionScratch& scratch) {
+  for (uint32_t key = range.begin / kTileKeys * kTileKeys; key < range.end; key += kTileKeys) {
+    if constexpr (Rows::kPlain) {
+      if (reads_plainly<Rows>(block)) {
+        using Element = typename Rows::Element;
+        score_tile(block, page.row<Element>(key), page.row_bytes / sizeof(Element), key, scratch);
+        continue;
+      }
+    }
+    for (uint32_t j = 0; j < kTileKeys; ++j) {
+      Rows::decode(page, key + j, 0, block.head_dim, scratch.tile + j * block.head_dim);
+    }
+    score_tile(block, scratch.tile, block.head_dim, key, scratch);
+  }
 }
 
 // Turns a row's scores into exp(scale * score - maximum), 0 where the row does not look.
@@ -115,10 +140,10 @@ void weigh_page(const QueryBlock& block, uint32_t row, uint32_t page_first,
 
 // values = values * decay + weights V, for kVectors vectors of head_dim.
 template <uint32_t kRows, uint32_t kVectors, class Element>
-inline void sum_values(const AttentionScratch& scratch, uint32_t row,
-                       const Element* page_values,  // [kKvPageTokens, head_dim] from the vectors on
-                       PageRange range, uint32_t head_dim,
-                       float* values) {  // [kRows, head_dim] from the vectors on
+inline void sum_vectors(const AttentionScratch& scratch, uint32_t row,
+                        const Element* page_values,  // [kKvPageTokens, stride] from the vectors on
+                        size_t stride, PageRange range, uint32_t head_dim,
+                        float* values) {  // [kRows, head_dim] from the vectors on
   SimdFloat sums[kRows][kVectors];
   for (uint32_t r = 0; r < kRows; ++r) {
     const SimdFloat decay = SimdFloat::all(scratch.decay[row + r]);
@@ -129,7 +154,7 @@ inline void sum_values(const AttentionScratch& scratch, uint32_t row,
   for (uint32_t key = range.begin; key < range.end; ++key) {
     SimdFloat v[kVectors];
     for (uint32_t j = 0; j < kVectors; ++j) {
-      v[j] = SimdFloat::load(page_values + size_t{key} * head_dim + j * SimdFloat::kLanes);
+      v[j] = SimdFloat::load(page_values + key * stride + j * SimdFloat::kLanes);
     }
     for (uint32_t r = 0; r < kRows; ++r) {
       const SimdFloat weight = SimdFloat::all(scratch.scores[row + r][key]);
@@ -145,26 +170,45 @@ inline void sum_values(const AttentionScratch& scratch, uint32_t row,
   }
 }
 
-template <uint32_t kRows, class Element>
-void sum_rows(const AttentionScratch& scratch, uint32_t row, const Element* page_values,
-              PageRange range, uint32_t head_dim, float* values) {
+// Dimensions [first, first + dims) of all rows.
+template <class Element>
+inline void sum_tile(const QueryBlock& block, const Element* page_values, size_t stride,
+                     PageRange range, uint32_t first, uint32_t dims,
+                     const AttentionScratch& scratch, const SoftmaxState& state) {
   constexpr uint32_t kWide = kSumVectors * SimdFloat::kLanes;
-  uint32_t d = 0;
-  for (; d + kWide <= head_dim; d += kWide) {
-    sum_values<kRows, kSumVectors>(scratch, row, page_values + d, range, head_dim, values + d);
-  }
-  for (; d < head_dim; d += SimdFloat::kLanes) {
-    sum_values<kRows, 1>(scratch, row, page_values + d, range, head_dim, values + d);
-  }
+  for_row_tiles<kTileRows>(block.rows, [&](auto rows, uint32_t row) {
+    constexpr uint32_t kRows = decltype(rows)::kCount;
+    float* values = state.values + size_t{row} * block.head_dim + first;
+    uint32_t d = 0;
+    for (; d + kWide <= dims; d += kWide) {
+      sum_vectors<kRows, kSumVectors>(scratch, row, page_values + d, stride, range, block.head_dim,
+                                      values + d);
+    }
+    for (; d < dims; d += SimdFloat::kLanes) {
+      sum_vectors<kRows, 1>(scratch, row, page_values + d, stride, range, block.head_dim,
+                            values + d);
+    }
+  });
 }
 
-template <class Element>
-void sum_page(const QueryBlock& block, const Element* page_values, PageRange range,
-              const AttentionScratch& scratch, const SoftmaxState& state) {
-  for_row_tiles<kTileRows>(block.rows, [&](auto rows, uint32_t row) {
-    sum_rows<decltype(rows)::kCount>(scratch, row, page_values, range, block.head_dim,
-                                     state.values + size_t{row} * block.head_dim);
-  });
+template <class Rows>
+void sum_page(const QueryBlock& block, const PageRows& page, PageRange range,
+              AttentionScratch& scratch, const SoftmaxState& state) {
+  if constexpr (Rows::kPlain) {
+    if (reads_plainly<Rows>(block)) {
+      using Element = typename Rows::Element;
+      sum_tile(block, page.row<Element>(0), page.row_bytes / sizeof(Element), range, 0,
+               block.head_dim, scratch, state);
+      return;
+    }
+  }
+  for (uint32_t first = 0; first < block.head_dim; first += kTileDims) {
+    const uint32_t dims = smaller(kTileDims, block.head_dim - first);
+    for (uint32_t key = range.begin; key < range.end; ++key) {
+      Rows::decode(page, key, first, dims, scratch.tile + size_t{key} * kTileDims);
+    }
+    sum_tile(block, scratch.tile, kTileDims, range, first, dims, scratch, state);
+  }
 }
 
 void clear(const QueryBlock& block, const SoftmaxState& state) {
@@ -176,22 +220,11 @@ void clear(const QueryBlock& block, const SoftmaxState& state) {
   for (size_t i = 0; i < floats; i += SimdFloat::kLanes) SimdFloat::all(0).store(state.values + i);
 }
 
-// The page's seen keys or values as floats: where they lie, or widened into the scratch page.
-inline const float* as_floats(const float* page, PageRange, uint32_t, float*) {
-  return page;
-}
-inline const float* as_floats(const uint16_t* page, PageRange range, uint32_t head_dim,
-                              float* floats) {
-  // Scores are taken four keys at a time.
-  const size_t begin = size_t{range.begin / 4 * 4} * head_dim;
-  const size_t end = size_t{(range.end + 3) / 4 * 4} * head_dim;
-  for (size_t i = begin; i < end; i += SimdFloat::kLanes) {
-    SimdFloat::load(page + i).store(floats + i);
-  }
-  return floats;
+inline PageRows page_rows(const KvSpan& span, const KvSpan::Rows& rows, uint32_t page) {
+  return {rows.numbers[page], rows.scales[page], span.row_bytes, span.row_scales, span.block};
 }
 
-template <class Element>
+template <class Rows>
 void attend(const QueryBlock& block, const KvSpan& span, AttentionScratch& scratch,
             const SoftmaxState& state) {
   clear(block, state);
@@ -201,22 +234,9 @@ void attend(const QueryBlock& block, const KvSpan& span, AttentionScratch& scrat
     const uint32_t end = smaller(span.end, first + kKvPageTokens);
     if (begin >= end) continue;
     const PageRange range{begin - first, end - first};
-    const Element* keys = reinterpret_cast<const Element*>(span.keys[page]);
-    const Element* values = reinterpret_cast<const Element*>(span.values[page]);
-    const bool widen = block.rows >= kRowsWorthWidening;
-
-    if (widen) {
-      score_page(block, as_floats(keys, range, block.head_dim, scratch.page), range, scratch);
-    } else {
-      score_page(block, keys, range, scratch);
-    }
+    score_page<Rows>(block, page_rows(span, span.keys, page), range, scratch);
     for (uint32_t row = 0; row < block.rows; ++row) weigh_page(block, row, first, scratch, state);
-    if (widen) {
-      sum_page(block, as_floats(values, range, block.head_dim, scratch.page), range, scratch,
-               state);
-    } else {
-      sum_page(block, values, range, scratch, state);
-    }
+    sum_page<Rows>(block, page_rows(span, span.values, page), range, scratch, state);
   }
 }
 
@@ -247,8 +267,15 @@ void finish(const QueryBlock& block, const SoftmaxState& state, float* const* ou
   }
 }
 
-constexpr AttentionKernels kAttentionKernels{SimdFloat::kLanes, clear, attend<float>,
-                                             attend<uint16_t>,  merge, finish};
+constexpr AttentionKernels kAttentionKernels{
+    SimdFloat::kLanes,
+    clear,
+    {attend<PlainRows<float>>, attend<PlainRows<uint16_t>>, attend<Q8Rows>, attend<Tq4Rows>},
+    merge,
+    finish,
+    {store_plain<float>, store_plain<uint16_t>, store_q8, store_tq4},
+    rotate,
+    rotate_back};
 
 }  // namespace
 }  // namespace nibble::cpu

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "backend/kv_format.h"
 #include "cpu/isa.h"
@@ -19,7 +20,7 @@ inline constexpr uint32_t kSpanPages = 16;
 inline constexpr uint32_t kSpanTokens = kSpanPages * backend::kKvPageTokens;
 
 // Query rows that share the reads of keys and values. Their states and queries and a page of
-// floats fit a second-level cache of 256 KiB at head_dim 512.
+// halves fit a second-level cache of 256 KiB at head_dim 512.
 inline constexpr uint32_t kMaxBlockRows = 32;
 
 struct QueryBlock {
@@ -36,8 +37,17 @@ struct KvSpan {
   uint32_t first;
   uint32_t begin;
   uint32_t end;
-  const std::byte* keys[kSpanPages];    // [kKvPageTokens, head_dim] each
-  const std::byte* values[kSpanPages];  // the same
+
+  // Of every page, the head's first row: of what it holds as in KvRowLayout, the numbers and scales
+  // of the key or the value alone.
+  struct Rows {
+    const std::byte* numbers[kSpanPages];
+    const uint16_t* scales[kSpanPages];  // f16; nullptr where the format has none
+  };
+  Rows keys, values;
+  uint32_t row_bytes;   // from one row's numbers to the next one's
+  uint32_t row_scales;  // from one row's scales to the next one's
+  uint32_t block;       // values that share a scale
 };
 
 // Softmax of each row over the keys so far, not yet divided by its sum. An empty one is 0 / 0.
@@ -47,8 +57,17 @@ struct SoftmaxState {
   float* values;   // [rows, head_dim], values weighted with exp(score - maximum)
 };
 
+// Rows on their way from a stored format to floats, never more than lie in the first-level cache:
+// four keys at a time, or kTileDims of a page's values.
+inline constexpr uint32_t kTileKeys = 4;
+inline constexpr uint32_t kTileDims = 64;
+constexpr size_t tile_floats(size_t head_dim) {
+  const size_t keys = kTileKeys * head_dim, values = backend::kKvPageTokens * kTileDims;
+  return keys > values ? keys : values;
+}
+
 struct AttentionScratch {
-  float* page;                                          // [kKvPageTokens, head_dim]
+  float* tile;                                          // [tile_floats(head_dim)]
   float scores[kMaxBlockRows][backend::kKvPageTokens];  // then their exponentials
   float decay[kMaxBlockRows];  // what the page's new maximum makes of earlier sums
 };
@@ -57,15 +76,22 @@ struct AttentionKernels {
   uint32_t lanes;  // head_dim must be a multiple of it
 
   void (*clear)(const QueryBlock& block, const SoftmaxState& state);
-  // Sets `state` to the span's.
-  void (*attend_f32)(const QueryBlock& block, const KvSpan& span, AttentionScratch& scratch,
-                     const SoftmaxState& state);
-  void (*attend_f16)(const QueryBlock& block, const KvSpan& span, AttentionScratch& scratch,
-                     const SoftmaxState& state);
+  // Sets `state` to the span's; by format. With tq4, queries and the state's values are turned as
+  // the keys and values are.
+  void (*attend[std::size(backend::kKvFormats)])(const QueryBlock& block, const KvSpan& span,
+                                                 AttentionScratch& scratch,
+                                                 const SoftmaxState& state);
   // Adds the next span's state to `state`.
   void (*merge)(const QueryBlock& block, const SoftmaxState& next, const SoftmaxState& state);
   // outputs[row] = values / sum
   void (*finish)(const QueryBlock& block, const SoftmaxState& state, float* const* outputs);
+
+  // Stores a row of `count` values, in blocks of `block`; by format. `values` is changed.
+  void (*store[std::size(backend::kKvFormats)])(float* values, uint32_t count, uint32_t block,
+                                                std::byte* numbers, uint16_t* scales);
+  // backend::tq4_rotate and tq4_rotate_back of each block.
+  void (*rotate)(float* values, uint32_t count, uint32_t block);
+  void (*rotate_back)(float* values, uint32_t count, uint32_t block);
 };
 
 // The fastest kernels of `isa` and those below it that can do this head_dim. `isa` must be one of
