@@ -74,6 +74,12 @@ uint64_t kv_bytes_per_token(const std::vector<backend::KvGroup>& groups, uint32_
 constexpr uint32_t kWarmUp = 1;  // a backend may have to get ready for a shape of step
 constexpr uint32_t kProfiledSteps = 8;
 
+struct Profile {
+  std::string_view step;
+  uint32_t steps;
+  std::vector<backend::ProfileEntry> entries;  // of all these steps
+};
+
 class Bench {
  public:
   Bench(engine::Engine& engine, uint32_t generate)
@@ -103,19 +109,26 @@ class Bench {
     }
   }
 
-  // Where the time of decode steps goes, at the last point.
-  std::vector<backend::ProfileEntry> profile() {
-    backend::Backend& backend = engine_.backend();
-    backend.set_profiling(true);
-    decode(kProfiledSteps);
-    backend.set_profiling(false);
-    return backend.profile();
+  // Where the time goes of decode steps at the last point and of the prefill step behind it.
+  std::vector<Profile> profile() {
+    return {profile("decode", kProfiledSteps, [&] { decode(kProfiledSteps); }),
+            profile("prefill", 1,
+                    [&] { prefill(std::max(1u, engine_.ubatch() / uint32_t(sessions_.size()))); })};
   }
 
   const std::vector<Point>& points() const { return points_; }
   uint64_t peak_kv_bytes() const { return peak_kv_bytes_; }
 
  private:
+  template <class Run>
+  Profile profile(std::string_view step, uint32_t steps, const Run& run) {
+    backend::Backend& backend = engine_.backend();
+    backend.set_profiling(true);
+    run();
+    backend.set_profiling(false);
+    return {step, steps, backend.profile()};
+  }
+
   double prefill(uint32_t tokens) {
     std::uniform_int_distribution<int32_t> any(0, int32_t(engine_.plan().vocabulary) - 1);
     std::vector<TokenId> ids(tokens);
@@ -167,7 +180,7 @@ struct Report {
   uint64_t peak_kv_bytes;
   uint64_t peak_bytes;
   double read_bytes_per_s;
-  std::vector<backend::ProfileEntry> profile;  // of kProfiledSteps
+  std::vector<Profile> profiles;
 };
 
 boost::json::object to_json(const Report& report, const BenchOptions& options,
@@ -184,12 +197,17 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
                       {"bytes_per_token", point.bytes_per_token},
                       {"bandwidth_fraction", point.bytes_per_s() / report.read_bytes_per_s}});
   }
-  boost::json::array profile;
-  for (const backend::ProfileEntry& entry : report.profile) {
-    profile.push_back({{"kind", entry.kind},
-                       {"calls_per_step", double(entry.calls) / kProfiledSteps},
-                       {"us_per_step", entry.us / kProfiledSteps},
-                       {"bytes_per_step", double(entry.bytes) / kProfiledSteps}});
+  boost::json::object profiles;
+  for (const Profile& profile : report.profiles) {
+    boost::json::array entries;
+    for (const backend::ProfileEntry& entry : profile.entries) {
+      entries.push_back({{"kind", entry.kind},
+                         {"calls_per_step", double(entry.calls) / profile.steps},
+                         {"us_per_step", entry.us / profile.steps},
+                         {"bytes_per_step", double(entry.bytes) / profile.steps},
+                         {"flops_per_step", entry.flops / profile.steps}});
+    }
+    profiles[profile.step] = std::move(entries);
   }
   return {{"device", engine.backend().description()},
           {"commit", NIBBLE_COMMIT},
@@ -205,7 +223,7 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
             {"generate", options.generate}}},
           {"read_bytes_per_s", report.read_bytes_per_s},
           {"points", std::move(points)},
-          {"profile", std::move(profile)},
+          {"profile", std::move(profiles)},
           {"memory",
            {{"weights_bytes", report.memory.weights_bytes},
             {"kv_bytes", report.peak_kv_bytes},
@@ -231,27 +249,29 @@ void print(const Report& report) {
 }
 
 // Each kind's time alone, which hides what overlaps in a real step: look at the shares.
-void print_profile(const Report& report) {
-  if (report.profile.empty()) {
+void print(const Profile& profile, double read_bytes_per_s) {
+  double total_us = 0;
+  for (const backend::ProfileEntry& entry : profile.entries) total_us += entry.us;
+  if (total_us == 0) {
     fmt::print("\nthis backend has no profile\n");
     return;
   }
-  double total_us = 0;
-  for (const backend::ProfileEntry& entry : report.profile) total_us += entry.us;
-  fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>6}  {}\n", "decode step", "calls/step",
-             "us/step", "share", "us/call", "GB/s", "of memory speed");
-  for (const backend::ProfileEntry& entry : report.profile) {
+  fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>6}  {}\n",
+             fmt::format("{} step", profile.step), "calls/step", "us/step", "share", "us/call",
+             "TFLOP/s", "GB/s", "of memory speed");
+  for (const backend::ProfileEntry& entry : profile.entries) {
     fmt::print("{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}", entry.kind,
-               double(entry.calls) / kProfiledSteps, entry.us / kProfiledSteps,
+               double(entry.calls) / profile.steps, entry.us / profile.steps,
                100 * entry.us / total_us, entry.us / double(entry.calls));
+    if (entry.flops != 0) fmt::print("  {:>8.1f}", entry.flops / entry.us / 1e6);
     if (entry.bytes != 0) {
       const double bytes_per_s = double(entry.bytes) / (entry.us * 1e-6);
       fmt::print("  {:>6.0f}  {:>13.1f} %", bytes_per_s / 1e9,
-                 100 * bytes_per_s / report.read_bytes_per_s);
+                 100 * bytes_per_s / read_bytes_per_s);
     }
     fmt::print("\n");
   }
-  fmt::print("{:<20} {:>10}  {:>9.1f}\n", "sum", "", total_us / kProfiledSteps);
+  fmt::print("{:<20} {:>10}  {:>9.1f}\n", "sum", "", total_us / profile.steps);
 }
 
 void bench(const BenchOptions& options) {
@@ -271,7 +291,11 @@ void bench(const BenchOptions& options) {
 
   engine::EngineOptions engine_options = options.model.engine_options();
   if (engine_options.context == 0) {
-    engine_options.context = contexts.back() + (options.profile ? kProfiledSteps : 0);
+    engine_options.context = contexts.back();
+    if (options.profile) {
+      const uint32_t ubatch = options.model.ubatch;
+      engine_options.context += kProfiledSteps + (ubatch == 0 ? engine::kDefaultUbatch : ubatch);
+    }
   }
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());
   const OpenModel model = open_model(options.model, engine_options);
@@ -282,7 +306,7 @@ void bench(const BenchOptions& options) {
     for (const uint32_t batch : batches) bench.run(batch, contexts);
     report.points = bench.points();
     report.peak_kv_bytes = bench.peak_kv_bytes();
-    if (options.profile) report.profile = bench.profile();
+    if (options.profile) report.profiles = bench.profile();
   }
   report.memory = model.engine->backend().memory();
   report.peak_bytes = peak_resident_bytes();  // before the read loop takes memory of its own
@@ -291,7 +315,7 @@ void bench(const BenchOptions& options) {
     report.read_bytes_per_s = measure_read_bandwidth(options.model.threads);
   }
   print(report);
-  if (options.profile) print_profile(report);
+  for (const Profile& profile : report.profiles) print(profile, report.read_bytes_per_s);
 
   if (!options.json.empty()) {
     std::ofstream out(options.json);
@@ -321,7 +345,8 @@ void add_bench(CLI::App& app) {
                    "Conversations side by side, separated by commas; left out: 1")
       ->type_name("N,...");
   command->add_flag("--profile", options->profile,
-                    "Time each kind of work of a decode step by itself, where the backend can");
+                    "Time each kind of work of a decode and of a prefill step by itself, where the "
+                    "backend can");
   command->add_option("--json", options->json, "Write the results as JSON, too")->type_name("FILE");
   command->footer(
       "The tokens are random with a fixed seed; text plays no role. Prefill is measured from one\n"

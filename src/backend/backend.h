@@ -61,6 +61,7 @@ struct ProfileEntry {
   uint64_t calls;
   double us;       // in all
   uint64_t bytes;  // of weights read in all; 0: not counted
+  double flops;    // multiplications and additions of matrices, in all; 0: not counted
 };
 
 // A plan, loaded and ready on one device. Not thread-safe: one run at a time.

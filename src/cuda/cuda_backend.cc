@@ -158,10 +158,10 @@ class CudaBackend final : public Backend {
                             inputs_.shape().single_rows);
   }
 
-  // kind: what the profile calls it; bytes: what it must read
+  // kind: what the profile calls it; bytes: what it must read; flops: of its matrix products
   template <class Launch>
-  void timed(std::string_view kind, uint64_t bytes, const Launch& launch) {
-    profiler_.time(stream_.handle, kind, bytes, launch);
+  void timed(std::string_view kind, uint64_t bytes, const Launch& launch, double flops = 0) {
+    profiler_.time(stream_.handle, kind, bytes, flops, launch);
   }
 
   const Plan& plan_;
@@ -510,8 +510,10 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
                               .workspace = attention_workspace_.data(),
                               .split_parts = split_parts_.data(),
                               .output = inner(layer.shape.query_width(), rows()).rows};
-  timed(layer.window == 0 ? "attention, full" : "attention, window", 0,
-        [&] { launch_attention(stream_.handle, layer, launch, args); });
+  timed(
+      layer.window == 0 ? "attention, full" : "attention, window", 0,
+      [&] { launch_attention(stream_.handle, layer, launch, args); },
+      4.0 * layer.shape.query_width() * double(inputs_.keys_seen(layer.window)));
   return std::nullopt;
 }
 
@@ -682,14 +684,15 @@ Product CudaBackend::multiply(std::string_view what, WeightId weight, const Scal
   const DeviceMatrix& matrix = weights_.matrix(weight);
   const uint32_t total = input.rows.rows;
   Product product = {};
-  timed(what, matrix.bytes, [&] {
+  const auto launch = [&] {
     if (total <= kMostRows) {
       product = {multiply_few(weight, input.rows), input.scales};
       return;
     }
     multiply_many(matrix, input);
     product = {{summed_.data(), 1, total, matrix.rows}, ones_.data()};
-  });
+  };
+  timed(what, matrix.bytes, launch, 2.0 * matrix.rows * matrix.columns * total);
   return product;
 }
 

@@ -8,12 +8,13 @@ std::vector<backend::ProfileEntry> Profiler::entries() const {
   std::vector<backend::ProfileEntry> entries;
   for (const Call& call : calls_) {
     auto entry = std::ranges::find(entries, call.kind, &backend::ProfileEntry::kind);
-    if (entry == entries.end()) entry = entries.insert(entries.end(), {call.kind, 0, 0, 0});
+    if (entry == entries.end()) entry = entries.insert(entries.end(), {call.kind, 0, 0, 0, 0});
     float ms = 0;
     NIBBLE_CUDA(cudaEventElapsedTime(&ms, call.begin, call.end));
     entry->calls += 1;
     entry->us += 1e3 * ms;
     entry->bytes += call.bytes;
+    entry->flops += call.flops;
   }
   return entries;
 }

@@ -23,11 +23,12 @@ class Profiler {
     on_ = on;
   }
 
-  // Calls launch(), between events when profiling is on. `bytes` is what the kernels must read.
+  // Calls launch(), between events when profiling is on; bytes and flops: ProfileEntry's.
   template <class Launch>
-  void time(cudaStream_t stream, std::string_view kind, uint64_t bytes, const Launch& launch) {
+  void time(cudaStream_t stream, std::string_view kind, uint64_t bytes, double flops,
+            const Launch& launch) {
     if (!on_) return launch();
-    Call call{std::string(kind), bytes, event(stream), nullptr};
+    Call call{std::string(kind), bytes, flops, event(stream), nullptr};
     launch();
     call.end = event(stream);
     calls_.push_back(std::move(call));
@@ -40,6 +41,7 @@ class Profiler {
   struct Call {
     std::string kind;
     uint64_t bytes;
+    double flops;
     cudaEvent_t begin, end;
   };
   static cudaEvent_t event(cudaStream_t stream);

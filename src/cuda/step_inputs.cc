@@ -80,6 +80,15 @@ void StepInputs::list_head(const backend::Batch& batch) {
   shape_.requests = uint32_t(request_lists_.requests.size());
 }
 
+uint64_t StepInputs::keys_seen(uint32_t window) const {
+  uint64_t keys = 0;
+  for (const RowPlace& place : place_list_) {
+    const uint32_t all = place.position + 1;
+    keys += window == 0 ? all : std::min(all, window);
+  }
+  return keys;
+}
+
 bool StepInputs::arrange() {
   size_t end = 0;
   const auto place = [&](size_t count, size_t size) {

@@ -48,6 +48,8 @@ class StepInputs {
   const StepShape& shape() const { return shape_; }
   const std::vector<HeadRow>& head() const { return head_; }  // in the batch's order
   uint32_t first_row(uint32_t sequence) const { return first_row_[sequence]; }
+  // Pairs of a row and a position that it sees through a window (0: none).
+  uint64_t keys_seen(uint32_t window) const;
 
   // On the device:
   const int32_t* tokens() const { return at<int32_t>(tokens_); }          // [rows]

@@ -19,7 +19,6 @@
 namespace nibble::engine {
 namespace {
 
-constexpr uint32_t kDefaultUbatch = 512;
 constexpr uint32_t kMaxUbatch = 65536;
 constexpr uint32_t kMaxSessions = 65536;
 

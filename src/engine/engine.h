@@ -22,6 +22,8 @@ namespace nibble::engine {
 class Scheduler;
 class Session;
 
+inline constexpr uint32_t kDefaultUbatch = 512;
+
 struct EngineOptions {
   std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
   std::optional<backend::WeightStorage> weights;  // nullopt: the faster one that the backend has
@@ -33,7 +35,7 @@ struct EngineOptions {
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve
   uint32_t threads = 0;   // 0: one per core
-  uint32_t ubatch = 0;    // most tokens of one step; 0: 512
+  uint32_t ubatch = 0;    // most tokens of one step; 0: kDefaultUbatch
   uint32_t device = 0;
 };
 
