@@ -53,11 +53,11 @@ fuzz:
 
 format:
 	@tools/setup.sh lint
-	git ls-files '*.h' '*.cc' | xargs clang-format -i
+	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format -i
 
 lint:
 	@tools/setup.sh lint
-	git ls-files '*.h' '*.cc' | xargs clang-format --dry-run -Werror
+	git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
 	python3 tools/check_includes.py
 
 clean:

@@ -39,13 +39,6 @@ __global__ void fill_f16(uint16_t* to, size_t count) {
   }
 }
 
-DeviceShape device_shape() {
-  int multiprocessors, shared_bytes;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
-}
-
 // Microseconds that what `record` starts takes, median of replays.
 template <class Record>
 double time_graph(const Record& record) {
@@ -276,7 +269,7 @@ int main(int count, char** arguments) {
     return std::find(options.begin(), options.end(), option) != options.end();
   };
   const bool all = !has("--decode") && !has("--prefill");
-  unit = has("--mma") ? MatrixUnit::kMma : matrix_unit(uint32_t(properties.major));
+  unit = has("--mma") ? MatrixUnit::kMma : device_matrix_unit();
   std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
   const Model sliding{"sliding", {32, 16, 256}, 1024, false}, full{"full", {32, 4, 512}, 0, true};
 

@@ -121,18 +121,6 @@ double time_calls(int calls, const std::function<void(cudaStream_t)>& call) {
   return times[times.size() / 2] * 1e3 / calls;
 }
 
-DeviceShape device_shape() {
-  int multiprocessors, shared_bytes;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
-}
-MatrixUnit this_matrix_unit() {
-  int major;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  return matrix_unit(uint32_t(major));
-}
-
 // A matrix whose row tiles repeat a few random ones, out of step with its own.
 template <class Layout>
 struct Matrix {
@@ -215,7 +203,7 @@ struct Bench {
   Pool pool;
   Yardstick yardstick;
   DeviceShape device = device_shape();
-  MatrixUnit unit = this_matrix_unit();
+  MatrixUnit unit = device_matrix_unit();
 
   std::string only_name;     // of the matrix; empty: all
   uint32_t only_tokens = 0;  // 0: all

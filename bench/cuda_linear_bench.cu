@@ -148,13 +148,6 @@ struct Activations {
   Activations(const Activations&) = delete;
 };
 
-DeviceShape device_shape() {
-  int multiprocessors, shared_bytes;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
-}
-
 // Median microseconds of one launch in a graph of `launches`.
 template <class Record>
 double time_graph(int launches, Record record) {

@@ -26,7 +26,7 @@ DEPENDS = re.compile(r"DEPENDS\s+([a-z_\s]+?)(?:\)|LIBRARIES)")
 
 def wrong_includes(root):
     for path in sorted((root / "src").rglob("*")):
-        if path.suffix not in (".h", ".cc", ".inc"):
+        if path.suffix not in (".h", ".cc", ".inc", ".cu", ".cuh"):
             continue
         room = path.relative_to(root / "src").parts[0]
         if room not in ALLOWED:

@@ -154,7 +154,7 @@ class CudaBackend final : public Backend {
   }
   uint32_t rows() const { return inputs_.shape().rows; }
   AttentionLaunch attention_launch(const AttentionLayer& layer) const {
-    return choose_attention(device_shape_, matrix_unit(device_.major), layer.shape, rows(),
+    return choose_attention(device_shape_, device_matrix_unit(), layer.shape, rows(),
                             inputs_.shape().single_rows);
   }
 
@@ -167,7 +167,7 @@ class CudaBackend final : public Backend {
   const Plan& plan_;
   const BackendOptions options_;
   const DeviceInfo device_;
-  DeviceShape device_shape_;
+  const DeviceShape device_shape_ = device_shape();
   Stream stream_;
   DeviceWeights weights_;
   DeviceKvStore kv_;
@@ -253,10 +253,6 @@ CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const 
       weights_(require_memory(plan, options.weights, device_), options.weights, progress),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
-  int shared_bytes;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                     int(options.device)));
-  device_shape_ = {device_.multiprocessors, uint32_t(shared_bytes)};
   for (size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
     if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
@@ -662,9 +658,8 @@ void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& in
   launch_block_activations(stream_.handle, input.rows, blocks);
   const auto launch_rows = [&](LayoutId layout, const WeightRows& weights) {
     if (weights.rows == 0) return;
-    const ManyRowsLaunch launch =
-        choose_many_rows(device_shape_, matrix_unit(kernel_architecture()), layout, weights.rows,
-                         matrix.columns, rows);
+    const ManyRowsLaunch launch = choose_many_rows(device_shape_, device_matrix_unit(), layout,
+                                                   weights.rows, matrix.columns, rows);
     if (launch.workspace_bytes > shared_tiles_.size()) {
       shared_tiles_ = {};
       shared_tiles_ = DeviceArray<std::byte>(launch.workspace_bytes);

@@ -8,4 +8,13 @@ void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) fail(ErrorCode::kDevice, "{}: {}", call, cudaGetErrorString(error));
 }
 
+DeviceShape device_shape() {
+  int device, multiprocessors, shared_bytes;
+  NIBBLE_CUDA(cudaGetDevice(&device));
+  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  NIBBLE_CUDA(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
+}
+
 }  // namespace nibble::cuda

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/device_shape.h"
+
 namespace nibble::cuda {
 
 // Throws Error(kDevice) that names the failed call.
@@ -15,6 +17,12 @@ void check(cudaError_t error, const char* call);
 // (which stands for 90a), 120, ...; 0 where there are none for it. What a kernel can do depends on
 // this, not on the device.
 uint32_t kernel_architecture();
+
+// The current device's.
+DeviceShape device_shape();
+inline MatrixUnit device_matrix_unit() {
+  return matrix_unit_of(kernel_architecture());
+}
 
 // Starts a kernel that may begin before the one in front of it ends, where there is such a thing:
 // it must wait_for_dependencies() before it reads or writes what others touch.

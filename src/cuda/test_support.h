@@ -3,7 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/linear/many_rows.h"
 #include "cuda/runtime.h"
 
 namespace nibble::cuda::test {
@@ -17,17 +16,9 @@ inline bool has_gpu() {
 #define NIBBLE_NEEDS_GPU() \
   if (!::nibble::cuda::test::has_gpu()) GTEST_SKIP() << "this machine has no CUDA device"
 
-inline DeviceShape device_shape() {
-  int multiprocessors, shared_bytes;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
-  return {uint32_t(multiprocessors), uint32_t(shared_bytes)};
-}
-
+using cuda::device_shape;
 inline MatrixUnit matrix_unit() {
-  int major;
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  return cuda::matrix_unit(uint32_t(major));
+  return device_matrix_unit();
 }
 
 }  // namespace nibble::cuda::test

@@ -5,7 +5,7 @@
 
 #include "backend/kv_format.h"
 #include "backend/plan.h"
-#include "cuda/linear/many_rows.h"
+#include "cuda/device_shape.h"
 
 namespace nibble::cuda {
 

@@ -7,16 +7,11 @@
 #include <optional>
 
 #include "backend/plan.h"
+#include "cuda/device_shape.h"
 #include "cuda/layouts/activations.h"
 #include "cuda/layouts/layouts.h"
 
 namespace nibble::cuda {
-
-// What the choice of a kernel depends on.
-struct DeviceShape {
-  uint32_t multiprocessors;
-  uint32_t shared_bytes_per_block;  // the most that a block may ask for
-};
 
 // Rows of a weight in one layout.
 struct WeightRows {

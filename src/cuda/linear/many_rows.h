@@ -10,13 +10,6 @@
 
 namespace nibble::cuda {
 
-// Which instructions multiply: Hopper's asynchronous ones, or those that Ampere has and all later
-// devices keep.
-enum class MatrixUnit { kWgmma, kMma };
-constexpr MatrixUnit matrix_unit(uint32_t kernel_architecture) {
-  return kernel_architecture == 90 ? MatrixUnit::kWgmma : MatrixUnit::kMma;
-}
-
 // The work of a launch: output tiles, `tile_rows` weight rows by `tile_tokens` activation rows
 // each, all of the columns deep; neighbours share their weights. Tiles [0, whole_tiles) go to the
 // blocks in turn. The others, fewer than there are blocks, are cut along their columns into equal

@@ -42,9 +42,15 @@ TEST(ManyRowsChoice, FollowsTheTable) {
   }
 }
 
+TEST(ManyRowsChoice, TakesHoppersInstructionsFromItsOwnCodeOnly) {
+  EXPECT_EQ(matrix_unit_of(90), MatrixUnit::kWgmma);
+  for (const uint32_t architecture : {80u, 86u, 89u, 100u, 120u})
+    EXPECT_EQ(matrix_unit_of(architecture), MatrixUnit::kMma);
+}
+
 TEST(ManyRowsChoice, GivesOlderDevicesWholeTiles) {
   const ManyRowsLaunch launch =
-      choose_many_rows({108, 163 << 10}, matrix_unit(8), LayoutId::kQ4, 5376, 8192, 100);
+      choose_many_rows({108, 163 << 10}, matrix_unit_of(80), LayoutId::kQ4, 5376, 8192, 100);
   EXPECT_EQ(launch.unit, MatrixUnit::kMma);
   EXPECT_EQ(launch.blocks, 21u * 2);
   EXPECT_EQ(launch.workspace_bytes, 0u);

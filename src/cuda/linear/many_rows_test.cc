@@ -149,7 +149,7 @@ TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
   const Workspace workspace;
   for (const LayoutId layout : kAll) {
     for (const uint32_t rows : {9u, 31u, 50u, 130u})
-      expect_product(workspace, {layout, 333, 768, rows}, matrix_unit(kernel_architecture()));
+      expect_product(workspace, {layout, 333, 768, rows}, device_matrix_unit());
     expect_product(workspace, {layout, 333, 768, 77}, MatrixUnit::kMma);
   }
 }
@@ -157,7 +157,7 @@ TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
 TEST(ManyRows, TakesMatricesOfAllShapes) {
   NIBBLE_NEEDS_GPU();
   const Workspace workspace;
-  for (const MatrixUnit unit : {matrix_unit(kernel_architecture()), MatrixUnit::kMma}) {
+  for (const MatrixUnit unit : {device_matrix_unit(), MatrixUnit::kMma}) {
     expect_product(workspace, {LayoutId::kQ4, 1, 256, 9}, unit);
     expect_product(workspace, {LayoutId::kQ4, 257, 512, 129}, unit);
     expect_product(workspace, {LayoutId::kQ8, 100, 288, 16},

@@ -29,11 +29,8 @@ __global__ void read_kernel(const uint4* words, uint64_t count, uint32_t* never)
 
 double measure_read_bandwidth(cudaStream_t stream) {
   size_t free, total;
-  int device, multiprocessors;
   NIBBLE_CUDA(cudaMemGetInfo(&free, &total));
-  NIBBLE_CUDA(cudaGetDevice(&device));
-  NIBBLE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const uint32_t blocks = uint32_t(multiprocessors) * kBlocksPerMultiprocessor;
+  const uint32_t blocks = device_shape().multiprocessors * kBlocksPerMultiprocessor;
   const uint64_t round = uint64_t(blocks) * kThreads * kUnroll;  // words
   const uint64_t count =
       std::max<uint64_t>(1, std::min<uint64_t>(kMostBytes, free / 2) / sizeof(uint4) / round) *
