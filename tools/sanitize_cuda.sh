@@ -2,16 +2,18 @@
 # The CUDA kernels' unit tests under compute-sanitizer, on a machine with a GPU: accesses out of
 # bounds, races in shared memory, reads of memory that nobody wrote, misused barriers. Tests of
 # large shapes are left out; they add minutes and no kernel.
-#   tools/sanitize_cuda.sh [nibble_cuda_test]
+#   tools/sanitize_cuda.sh [nibble_cuda_test [memcheck|racecheck|initcheck|synccheck ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 binary=${1:-build/release/src/cuda/nibble_cuda_test}
+tools=("${@:2}")
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
 filter='-*AllShapes*:*Large*'
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-for tool in memcheck racecheck initcheck synccheck; do
+for tool in "${tools[@]}"; do
   seconds=$SECONDS
-  if ! compute-sanitizer --tool $tool --error-exitcode 1 --print-limit 10 \
+  if ! compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 10 \
       "$binary" --gtest_brief=1 --gtest_filter="$filter" > "$log" 2>&1; then
     cat "$log"
     echo "$tool: failed"

@@ -233,24 +233,11 @@ uint64_t packed_bytes(const DeviceMatrix& matrix) {
   return bytes;
 }
 
-// Says what is missing before anything is loaded.
-const Plan& require_memory(const Plan& plan, WeightStorage storage, const DeviceInfo& device) {
-  const uint64_t needed = stored_bytes(plan, storage);
-  if (needed > device.free_bytes) {
-    fail(ErrorCode::kOutOfMemory,
-         "{} has {} bytes ({:.2f} GiB) free, but the weights alone need {} ({:.2f} GiB); layers "
-         "can't be shared between GPU and CPU: use --backend cpu or a smaller model",
-         device.name, device.free_bytes, double(device.free_bytes) / (1 << 30), needed,
-         double(needed) / (1 << 30));
-  }
-  return plan;
-}
-
 CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const Progress& progress)
     : plan_(plan),
       options_(options),
       device_(select(options.device)),
-      weights_(require_memory(plan, options.weights, device_), options.weights, progress),
+      weights_(plan, options.weights, progress),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
   for (size_t i = 0; i < plan.steps.size(); ++i) {

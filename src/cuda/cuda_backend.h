@@ -21,9 +21,10 @@ struct DeviceInfo {
 DeviceInfo device_info(uint32_t device);
 
 // Runs plans on one GPU. Weights are copied to device memory, so the plan's mapping may go away
-// afterwards; the plan itself must outlive the backend. Throws Error(kOutOfMemory) before loading
-// when the device has too little memory for weights and workspace, Error(kUnsupported) for what it
-// has no kernels for: KV formats but f16, head sizes but 64, 128, 256 and 512.
+// afterwards; the plan itself must outlive the backend. Throws Error(kOutOfMemory) when the device
+// has too little memory for weights and workspace (engine::fit() says so before), and
+// Error(kUnsupported) for what it has no kernels for: KV formats but f16, head sizes but 64, 128,
+// 256 and 512.
 std::unique_ptr<backend::Backend> make_cuda_backend(const backend::Plan& plan,
                                                     const backend::BackendOptions& options,
                                                     const Progress& progress);

@@ -17,7 +17,7 @@ class DeviceArray {
   static_assert(std::is_trivially_copyable_v<T>);
 
   DeviceArray() = default;
-  // `size` elements of undefined contents. Throws Error(kDevice) when there is no memory.
+  // `size` elements of undefined contents. Throws Error(kOutOfMemory).
   explicit DeviceArray(size_t size) : size_(size) {
     if (size > 0) NIBBLE_CUDA(cudaMalloc(&data_, size * sizeof(T)));
   }

@@ -5,7 +5,10 @@
 namespace nibble::cuda {
 
 void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) fail(ErrorCode::kDevice, "{}: {}", call, cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const bool memory = error == cudaErrorMemoryAllocation;
+  fail(memory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice, "{}: {}", call,
+       cudaGetErrorString(error));
 }
 
 DeviceShape device_shape() {

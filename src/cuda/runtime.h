@@ -9,7 +9,7 @@
 
 namespace nibble::cuda {
 
-// Throws Error(kDevice) that names the failed call.
+// Throws Error(kDevice), or Error(kOutOfMemory), that names the failed call.
 void check(cudaError_t error, const char* call);
 #define NIBBLE_CUDA(call) ::nibble::cuda::check((call), #call)
 

@@ -56,6 +56,7 @@ struct BackendKind {
                                             const Progress&);
   // The first one where none is asked for.
   std::vector<backend::WeightStorage> weights = {backend::WeightStorage::kDirect};
+  std::string_view memory_advice = "";  // when memory is short
 };
 
 // One that reads weights where the file's mapping has them.
@@ -81,7 +82,8 @@ const std::vector<BackendKind>& backends() {
        cuda::device_count,
        cuda::free_bytes_for,
        cuda::make_cuda_backend,
-       {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect}},
+       {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect},
+       "; layers can't be shared between GPU and CPU: --backend cpu has the processor's memory"},
 #endif
       {"cpu", one_device, free_host_bytes, make_on_host<cpu::make_cpu_backend>},
       {"reference", one_device, free_host_bytes, make_on_host<reference::make_reference_backend>},
@@ -221,7 +223,8 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
                             .alternatives = kv_choices(parts->plan, options),
                             .context = options.context,
                             .sessions = options.sessions,
-                            .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch};
+                            .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch,
+                            .advice = kind.memory_advice};
   Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, weights, options.device));
   parts->backend = kind.make(parts->plan,
                              {.kv = request.kv,

@@ -104,10 +104,10 @@ Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
   if (context == 0 || needed > free_bytes) {
     fail(ErrorCode::kOutOfMemory,
          "{} of weights and {} session(s) of {} tokens with {} KV need {} of memory, {} are free; "
-         "{}",
+         "{}{}",
          in_words(plan.weight_bytes()), request.sessions, least,
          describe_kv(make_kv_groups(plan, request.kv)), in_words(needed), in_words(free_bytes),
-         what_would_fit(plan, request, free_bytes));
+         what_would_fit(plan, request, free_bytes), request.advice);
   }
   Size size{.context = context, .max_kv_pages = {}};
   for (const KvGroup& group : make_kv_groups(plan, request.kv)) {

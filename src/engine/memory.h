@@ -2,6 +2,7 @@
 // How much of a model fits: decided before anything is loaded.
 
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "backend/kv_format.h"
@@ -19,6 +20,7 @@ struct SizeRequest {
   uint32_t context;                              // 0: as much as fits, up to the trained context
   uint32_t sessions;
   uint32_t ubatch;
+  std::string_view advice = "";  // what a refusal says at its end
 };
 
 struct Size {

@@ -87,12 +87,14 @@ TEST(Fit, RefusalSaysNeededFreeAndWhatWouldFit) {
   const backend::Plan plan = plan_of(1'000'000);
   SizeRequest large = request(1'000'000);
   large.kv = KvOptions::all(KvFormat::kF32);
+  large.advice = "; or a larger machine";
   const std::string message = refusal(plan, large, 100'000'000);
   const uint64_t needed = memory_needs(plan, KvOptions::all(KvFormat::kF32), 1'000'000, 64).total();
   EXPECT_NE(message.find(std::to_string(needed) + " bytes"), std::string::npos) << message;
   EXPECT_NE(message.find("100000000 bytes"), std::string::npos) << message;
   const uint32_t f16 = fit(plan, request(0), 100'000'000).context;
   EXPECT_NE(message.find("-c " + std::to_string(f16) + " --kv f16"), std::string::npos) << message;
+  EXPECT_TRUE(message.ends_with(large.advice)) << message;
 }
 
 TEST(Fit, NothingAtAllFits) {
