@@ -224,6 +224,7 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
                             .context = options.context,
                             .sessions = options.sessions,
                             .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch,
+                            .snapshots = options.snapshots.value_or(kMaxSnapshots),
                             .advice = kind.memory_advice};
   Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, weights, options.device));
   parts->backend = kind.make(parts->plan,

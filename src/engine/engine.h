@@ -37,6 +37,9 @@ struct EngineOptions {
   uint32_t threads = 0;   // 0: one per core
   uint32_t ubatch = 0;    // most tokens of one step; 0: kDefaultUbatch
   uint32_t device = 0;
+  // States of its cache to go back to, of each session, that memory must serve; more are kept only
+  // while memory lasts. nullopt: all that a conversation makes use of.
+  std::optional<uint32_t> snapshots;
 };
 
 // In which formats a backend, named as in EngineOptions, stores keys and values; its default first.

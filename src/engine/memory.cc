@@ -18,11 +18,12 @@ using backend::Plan;
 constexpr uint64_t kUnbounded = std::numeric_limits<uint64_t>::max();
 
 // The most pages that one session and its snapshots refer to at any time.
-uint64_t session_pages(const KvGroup& group, uint32_t context, uint32_t ubatch) {
+uint64_t session_pages(const KvGroup& group, uint32_t context, uint32_t ubatch,
+                       uint32_t snapshots) {
   // An unbounded group's snapshot shares all pages with its session but the one that the session
   // has written on since; a window's may share none.
   const uint64_t snapshot = group.window == 0 ? 1 : group.pages_for(context, 0);
-  return group.pages_for(context, ubatch) + kMaxSnapshots * snapshot;
+  return group.pages_for(context, ubatch) + snapshots * snapshot;
 }
 
 uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
@@ -41,12 +42,21 @@ uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
   return (width * ubatch + plan.vocabulary) * sizeof(float);
 }
 
+// Of one session with its snapshots.
+uint64_t kv_bytes(const Plan& plan, const KvOptions& kv, uint32_t context, uint32_t ubatch,
+                  uint32_t snapshots) {
+  uint64_t bytes = 0;
+  for (const KvGroup& group : make_kv_groups(plan, kv))
+    bytes += session_pages(group, context, ubatch, snapshots) * group.page_bytes;
+  return bytes;
+}
+
 uint64_t bytes_for(const Plan& plan, const KvOptions& kv, uint32_t context,
                    const SizeRequest& request) {
-  const MemoryNeeds one = memory_needs(plan, kv, context, request.ubatch);
-  const auto kv_bytes = checked_mul(one.kv_bytes, request.sessions);
-  const auto all =
-      checked_add(one.weights_bytes + one.workspace_bytes, kv_bytes.value_or(kUnbounded));
+  const uint64_t one = kv_bytes(plan, kv, context, request.ubatch, request.snapshots);
+  const auto all_kv = checked_mul(one, request.sessions);
+  const auto all = checked_add(plan.weight_bytes() + workspace_bytes(plan, request.ubatch),
+                               all_kv.value_or(kUnbounded));
   return all.value_or(kUnbounded);
 }
 
@@ -87,13 +97,9 @@ std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_
 }  // namespace
 
 MemoryNeeds memory_needs(const Plan& plan, const KvOptions& kv, uint32_t context, uint32_t ubatch) {
-  MemoryNeeds needs{.weights_bytes = plan.weight_bytes(),
-                    .kv_bytes = 0,
-                    .workspace_bytes = workspace_bytes(plan, ubatch)};
-  for (const KvGroup& group : make_kv_groups(plan, kv)) {
-    needs.kv_bytes += session_pages(group, context, ubatch) * group.page_bytes;
-  }
-  return needs;
+  return {.weights_bytes = plan.weight_bytes(),
+          .kv_bytes = kv_bytes(plan, kv, context, ubatch, kMaxSnapshots),
+          .workspace_bytes = workspace_bytes(plan, ubatch)};
 }
 
 Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
@@ -111,7 +117,8 @@ Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
   }
   Size size{.context = context, .max_kv_pages = {}};
   for (const KvGroup& group : make_kv_groups(plan, request.kv)) {
-    const uint64_t pages = session_pages(group, context, request.ubatch) * request.sessions;
+    const uint64_t pages =
+        session_pages(group, context, request.ubatch, request.snapshots) * request.sessions;
     size.max_kv_pages.push_back(
         static_cast<uint32_t>(std::min<uint64_t>(pages, std::numeric_limits<uint32_t>::max())));
   }

@@ -20,7 +20,8 @@ struct SizeRequest {
   uint32_t context;                              // 0: as much as fits, up to the trained context
   uint32_t sessions;
   uint32_t ubatch;
-  std::string_view advice = "";  // what a refusal says at its end
+  uint32_t snapshots = kMaxSnapshots;  // of each session
+  std::string_view advice = "";        // what a refusal says at its end
 };
 
 struct Size {
