@@ -58,6 +58,14 @@ __global__ void fill_bf16(const float* pool, __nv_bfloat16* to,
     to[uint64_t(blockIdx.x) * columns + column] = pool[Pool::index(blockIdx.x, column)];
 }
 
+// The first of `parts` results becomes their sum.
+__global__ void add_parts(float* results, uint32_t parts, uint64_t size) {
+  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < size;
+       i += uint64_t(gridDim.x) * blockDim.x) {
+    for (uint32_t part = 1; part < parts; ++part) results[i] += results[part * size + i];
+  }
+}
+
 // Counts values that are not the same but for the order of additions.
 __global__ void count_differences(const float* a, const float* b, uint64_t size, float tolerance,
                                   uint32_t* count) {
@@ -126,15 +134,20 @@ template <class Layout>
 struct Matrix {
   using Block = typename Layout::Block;
   static constexpr uint32_t kPoolRows = 37 * kTileRows;
+  static constexpr size_t kRotate = size_t(300) << 20;  // beyond the L2 cache
   uint32_t rows, columns;
   std::vector<Block> pool;  // [kPoolRows, columns]
-  DeviceArray<Layout> tiles;
+  size_t tiles_each;
+  uint32_t copies;
+  DeviceArray<Layout> tiles;  // [copies]
 
   Matrix(uint32_t rows, uint32_t columns)
       : rows(rows),
         columns(columns),
         pool(size_t(kPoolRows) * columns / Block::kValues),
-        tiles(TileGrid(rows, columns).tiles()) {
+        tiles_each(TileGrid(rows, columns).tiles()),
+        copies(uint32_t(1 + kRotate / (tiles_each * sizeof(Layout)))),
+        tiles(copies * tiles_each) {
     std::uniform_real_distribution<float> uniform(-1, 1);
     const auto set_half = [&](uint8_t* bytes, float size) {
       const uint16_t bits = f32_to_f16(size * uniform(random_bits));
@@ -163,8 +176,13 @@ struct Matrix {
       pack_on_device(nullptr, layout_id<Layout>(), blocks.data(), std::min(rows - row, kPoolRows),
                      columns, row / kTileRows, tiles.data());
     }
+    for (uint32_t i = 1; i < copies; ++i) {
+      NIBBLE_CUDA(cudaMemcpyAsync(copy(i), tiles.data(), tiles_each * sizeof(Layout),
+                                  cudaMemcpyDeviceToDevice));
+    }
     NIBBLE_CUDA(cudaDeviceSynchronize());
   }
+  Layout* copy(size_t i) const { return tiles.data() + i % copies * tiles_each; }
   void row_values(uint32_t row, std::vector<float>& values) const {
     const uint32_t row_blocks = columns / Block::kValues;
     for (uint32_t i = 0; i < row_blocks; ++i) {
@@ -178,7 +196,7 @@ struct Matrix {
 template <class Layout>
 double relative_error(const Matrix<Layout>& matrix, const Pool& pool,
                       const DeviceArray<float>& output, uint32_t tokens) {
-  std::vector<float> weights(matrix.columns), values(output.size() / tokens);
+  std::vector<float> weights(matrix.columns), values(matrix.rows);
   double difference = 0, magnitude = 0;
   for (uint32_t i = 0; i < 24; ++i) {
     const uint32_t token = i < 8    ? i % tokens
@@ -207,6 +225,7 @@ struct Bench {
 
   std::string only_name;     // of the matrix; empty: all
   uint32_t only_tokens = 0;  // 0: all
+  bool tune = false;         // all candidates, not the chosen one
 
   template <class Layout>
   void measure(const char* name, uint32_t rows, uint32_t columns,
@@ -221,26 +240,8 @@ struct Bench {
       const DeviceArray<uint16_t> values(activations.size());
       activations.values = values.data();
       fill_activations<<<tokens, 256>>>(pool.device.data(), activations, columns);
-      const DeviceArray<float> output(size_t(tokens) * rows);
-      NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));
-      const ManyRowsLaunch launch =
-          choose_many_rows(device, unit, layout_id<Layout>(), rows, columns, tokens);
-      const DeviceArray<std::byte> workspace(launch.workspace_bytes);
-      NIBBLE_CUDA(cudaMemset(workspace.data(), 0, launch.workspace_bytes));
-      const ManyRowsArgs args = {{matrix.tiles.data(), rows, 0},
-                                 activations,
-                                 nullptr,
-                                 output.data(),
-                                 rows,
-                                 workspace.data()};
-      NIBBLE_CUDA(cudaDeviceSynchronize());
       const double flop = 2.0 * rows * columns * tokens;
       const int calls = std::clamp(int(4e13 / flop), 5, 40);
-      const double us = time_calls(calls, [&](cudaStream_t stream) {
-        launch_many_rows(stream, layout_id<Layout>(), args, launch);
-      });
-      const double error = relative_error(matrix, pool, output, tokens);
-      const uint32_t differences = other_unit_differences<Layout>(args, columns, output);
       double theirs = 0;
       if (compare && yardstick.found()) {
         DeviceArray<__nv_bfloat16> x(size_t(tokens) * columns), out(size_t(tokens) * rows);
@@ -251,16 +252,52 @@ struct Bench {
                              int(tokens));
         });
       }
-      std::printf(
-          "| %-8s | %6u x %-5u | %-4s | %4u | %8.1f | %5.0f | %5.0f | %8.1f | %5.0f | %5.1f %% "
-          "| %u x %u, %u+%u tiles | %.1e%s | %u |\n",
-          name, rows, columns, std::string(quant::quant_traits(Layout::kSource).name).c_str(),
-          tokens, us, flop / us / 1e6, double(tiles_bytes(matrix)) / us / 1e3, theirs,
-          theirs > 0 ? flop / theirs / 1e6 : 0.0, 100 * theirs / us, launch.tile_rows,
-          launch.tile_tokens, launch.whole_tiles, launch.tiles() - launch.whole_tiles, error,
-          error < 1e-3 ? "" : " WRONG", differences);
-      std::fflush(stdout);
+      std::vector<ManyRowsLaunch> launches = {
+          choose_many_rows(device, unit, layout_id<Layout>(), rows, columns, tokens, true)};
+      if (tune) {
+        launches = many_rows_candidates(device, unit, layout_id<Layout>(), rows, columns, tokens);
+      }
+      for (const ManyRowsLaunch& launch : launches) {
+        const auto [us, error, differences] = measure_launch(matrix, activations, launch, calls);
+        std::printf(
+            "| %-8s | %6u x %-5u | %-4s | %4u | %8.1f | %5.0f | %5.0f | %8.1f | %5.0f | %5.1f %% "
+            "| %u x %u, %u a multiprocessor, %u chunks, %u+%u tiles | %.1e%s | %u |\n",
+            name, rows, columns, std::string(quant::quant_traits(Layout::kSource).name).c_str(),
+            tokens, us, flop / us / 1e6, double(tiles_bytes(matrix)) / us / 1e3, theirs,
+            theirs > 0 ? flop / theirs / 1e6 : 0.0, 100 * theirs / us, launch.tile_rows,
+            launch.tile_tokens, launch.sharers, launch.column_chunks, launch.whole_tiles,
+            launch.tiles() - launch.whole_tiles, error, error < 1e-3 ? "" : " WRONG", differences);
+        std::fflush(stdout);
+      }
     }
+  }
+  struct Measured {
+    double us, error;
+    uint32_t differences;  // from the kernel for other devices
+  };
+  template <class Layout>
+  Measured measure_launch(const Matrix<Layout>& matrix, const ActivationBlocks& activations,
+                          const ManyRowsLaunch& launch, int calls) const {
+    const uint64_t size = uint64_t(activations.rows) * matrix.rows;
+    const DeviceArray<float> output(launch.column_chunks * size);
+    NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));
+    const DeviceArray<std::byte> workspace(many_rows_workspace_bytes(device));
+    NIBBLE_CUDA(cudaMemset(workspace.data(), 0, workspace.size()));
+    ManyRowsArgs args = {{matrix.copy(0), matrix.rows, 0},
+                         activations,
+                         nullptr,
+                         output.data(),
+                         matrix.rows,
+                         workspace.data()};
+    NIBBLE_CUDA(cudaDeviceSynchronize());
+    size_t call = 0;
+    const double us = time_calls(calls, [&](cudaStream_t stream) {
+      args.weights.data = matrix.copy(call++);
+      launch_many_rows(stream, layout_id<Layout>(), args, launch);
+    });
+    add_parts<<<1024, 256>>>(output.data(), launch.column_chunks, size);
+    const double error = tune ? 0 : relative_error(matrix, pool, output, activations.rows);
+    return {us, error, other_unit_differences<Layout>(args, matrix.columns, output)};
   }
   // In how many places the kernel for other devices finds something else. A race would show here.
   template <class Layout>
@@ -268,8 +305,9 @@ struct Bench {
                                   const DeviceArray<float>& output) const {
     const uint32_t rows = args.weights.rows;
     const ManyRowsLaunch launch = choose_many_rows(device, MatrixUnit::kMma, layout_id<Layout>(),
-                                                   rows, columns, args.activations.rows);
-    const DeviceArray<float> other(output.size());
+                                                   rows, columns, args.activations.rows, false);
+    const uint64_t size = uint64_t(args.activations.rows) * rows;
+    const DeviceArray<float> other(size);
     DeviceArray<uint32_t> count(1);
     NIBBLE_CUDA(cudaMemset(other.data(), 0xff, other.size() * 4));
     NIBBLE_CUDA(cudaMemset(count.data(), 0, 4));
@@ -277,20 +315,19 @@ struct Bench {
     launch_many_rows(nullptr, layout_id<Layout>(), args, launch);
     // Sums of `columns` products of about 0.05 each, with f32's rounding.
     const float tolerance = 0.3f * std::sqrt(float(columns)) * float(columns) * std::exp2(-24.0f);
-    count_differences<<<1024, 256>>>(output.data(), other.data(), output.size(), tolerance,
-                                     count.data());
+    count_differences<<<1024, 256>>>(output.data(), other.data(), size, tolerance, count.data());
     NIBBLE_CUDA(cudaDeviceSynchronize());
     return count.download()[0];
   }
   template <class Layout>
   static size_t tiles_bytes(const Matrix<Layout>& matrix) {
-    return matrix.tiles.size() * sizeof(Layout);
+    return matrix.tiles_each * sizeof(Layout);
   }
 };
 
 }  // namespace
 
-// [matrix [tokens]]: only these
+// [--tune] [matrix [tokens]]: only these; --tune measures all candidates of the choice
 int main(int count, char** arguments) {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
@@ -298,6 +335,10 @@ int main(int count, char** arguments) {
     return 0;
   }
   Bench bench;
+  if (count > 1 && std::strcmp(arguments[1], "--tune") == 0) {
+    bench.tune = true;
+    --count, ++arguments;
+  }
   if (count > 1) bench.only_name = arguments[1];
   if (count > 2) bench.only_tokens = uint32_t(std::atoi(arguments[2]));
   std::printf("%s, %d multiprocessors; yardstick: %s\n\n", properties.name,
@@ -307,7 +348,21 @@ int main(int count, char** arguments) {
       "| matrix | shape | type | tokens | us | TFLOP/s | GB/s of weights | cuBLAS us | TFLOP/s "
       "| ours / theirs | tiles | error | differences "
       "|\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
-  const auto all = {16u, 32u, 64u, 128u, 256u, 512u, 1024u, 2048u};
+  if (bench.tune) {
+    const auto few = {64u};
+    bench.measure<CudaQ4Tiled>("gate+up", 43008, 5376, few, false);
+    bench.measure<CudaQ4Tiled>("down", 5376, 21504, few, false);
+    bench.measure<CudaQ6Tiled>("down", 5376, 21504, few, false);
+    bench.measure<CudaQ4Tiled>("qkv", 16384, 5376, few, false);
+    bench.measure<CudaQ4Tiled>("qk slide", 12288, 5376, few, false);
+    bench.measure<CudaQ6Tiled>("v slide", 4096, 5376, few, false);
+    bench.measure<CudaQ4Tiled>("qk full", 18432, 5376, few, false);
+    bench.measure<CudaQ4Tiled>("o slide", 5376, 8192, few, false);
+    bench.measure<CudaQ4Tiled>("o full", 5376, 16384, few, false);
+    bench.measure<CudaQ6Tiled>("head", 262144, 5376, few, false);
+    return 0;
+  }
+  const auto all = {64u, 128u, 256u, 512u, 1024u, 2048u};
   const auto large = {64u, 512u, 2048u};
   bench.measure<CudaQ4Tiled>("gate+up", 43008, 5376, all, true);
   bench.measure<CudaQ4Tiled>("down", 5376, 21504, all, true);

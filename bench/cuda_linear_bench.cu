@@ -116,20 +116,21 @@ struct Activations {
 
   Activations(uint32_t rows, uint32_t columns) : rows(rows), columns(columns) {
     const uint32_t column_tiles = columns / kTileColumns;
-    std::vector<uint16_t> packed(size_t(rows) * columns);
-    std::vector<ActivationMeans> means(size_t(rows) * column_tiles);
+    const uint32_t stride = activation_stride(rows);
+    std::vector<uint16_t> packed(size_t(stride) * columns);
+    std::vector<ActivationMeans> means(size_t(stride) * column_tiles);
     std::normal_distribution<float> normal;
-    values.resize(packed.size());
+    values.resize(size_t(rows) * columns);
     for (uint32_t row = 0; row < rows; ++row) {
       for (uint32_t group = 0; group < columns / 32; ++group) {
         double sum = 0;
         for (uint32_t column = 32 * group; column < 32 * group + 32; ++column) {
           const uint16_t bits = f32_to_f16(normal(random_bits));
-          packed[activation_index(row, column, rows)] = bits;
+          packed[activation_index(row, column, stride)] = bits;
           sum += values[size_t(row) * columns + column] = f16_to_f32(bits);
         }
         const float mean = float(sum / 32);
-        auto& parts = means[size_t(group / 8) * rows + row].parts[group % 8 / 2];
+        auto& parts = means[size_t(group / 8) * stride + row].parts[group % 8 / 2];
         parts[0][group % 2] = f32_to_f16(mean);
         parts[1][group % 2] = f32_to_f16(mean - f16_to_f32(parts[0][group % 2]));
       }
@@ -219,7 +220,7 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   const FewRowsLaunch launch = choose_few_rows(device_shape(), layout_id<Layout>(), matrix.rows, {},
                                                0, matrix.columns, rows);
   float* output;
-  const size_t outputs = size_t(launch.parts()) * rows * matrix.rows;
+  const size_t outputs = size_t(launch.parts) * rows * matrix.rows;
   NIBBLE_CUDA(cudaMalloc(&output, outputs * 4));
   NIBBLE_CUDA(cudaMemset(output, 0xff, outputs * 4));  // NaN where nothing is written
   FewRowsArgs args = {};
@@ -239,13 +240,13 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   NIBBLE_CUDA(cudaDeviceSynchronize());
   std::vector<float> result(outputs);
   NIBBLE_CUDA(cudaMemcpy(result.data(), output, outputs * 4, cudaMemcpyDeviceToHost));
-  const double error = relative_error(matrix, activations, result, launch.parts());
+  const double error = relative_error(matrix, activations, result, launch.parts);
 
   const std::string type(quant::quant_traits(Layout::kSource).name);
   const double us = time_graph(std::max<int>(24, 2 * int(matrix.copies.size())), start);
   // Bytes that must move: weights, activations once, the parts of the result.
   const double bytes = double(matrix.bytes()) +
-                       double(rows) * (matrix.columns * 2 + matrix.rows * 4.0 * launch.parts());
+                       double(rows) * (matrix.columns * 2 + matrix.rows * 4.0 * launch.parts);
   std::printf(
       "| %-9s | %6u x %-5u | %-4s | %u | %8.2f | %5.0f | %5.1f %% | %s, %u chunks | %.1e%s |\n",
       shape.name, matrix.rows, matrix.columns, type.c_str(), rows, us, bytes / us / 1e3,
@@ -402,7 +403,7 @@ class Step {
     const FewRowsLaunch launch =
         choose_few_rows(device_shape(), layout_id<First>(), first.rows, second_id,
                         args.weights[1].rows, first.columns, rows_);
-    parts_ = launch.parts();
+    parts_ = launch.parts;
     launch_few_rows(stream, layout_id<First>(), second_id, args, launch);
     bytes_ += double(first.bytes());
   }
@@ -458,20 +459,20 @@ int main(int argc, char** argv) {
               properties.multiProcessorCount, properties.l2CacheSize >> 20, kPeakGbPerS);
   report.take_path(argc, argv);
   if (argc > 1 && std::strcmp(argv[1], "--step") == 0) {
-    for (const uint32_t rows : {1u, 8u}) Step(rows).measure();
+    for (const uint32_t rows : {1u, 8u, 16u, 32u}) Step(rows).measure();
     return 0;
   }
   std::printf(
       "| matrix | shape | type | rows | us | GB/s | of peak | kernel | error |\n"
       "|---|---|---|---|---|---|---|---|---|\n");
-  measure_rows<CudaQ4Tiled>({"gate+up", 43008, 5376}, {1, 2, 4, 8});
-  measure_rows<CudaQ4Tiled>({"down", 5376, 21504}, {1, 2, 4, 8});
-  measure_rows<CudaQ6Tiled>({"down", 5376, 21504}, {1, 2, 4, 8});
-  measure_rows<CudaQ6Tiled>({"head", 262144, 5376}, {1, 2, 4, 8});
-  measure_rows<CudaQ4Tiled>({"qkv slide", 16384, 5376}, {1, 2, 4, 8});
-  measure_rows<CudaQ4Tiled>({"qk full", 18432, 5376}, {1, 2, 4, 8});
-  measure_rows<CudaQ4Tiled>({"o slide", 5376, 8192}, {1, 2, 4, 8});
-  measure_rows<CudaQ4Tiled>({"o full", 5376, 16384}, {1, 2, 4, 8});
+  measure_rows<CudaQ4Tiled>({"gate+up", 43008, 5376}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ4Tiled>({"down", 5376, 21504}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ6Tiled>({"down", 5376, 21504}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ6Tiled>({"head", 262144, 5376}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ4Tiled>({"qkv slide", 16384, 5376}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ4Tiled>({"qk full", 18432, 5376}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ4Tiled>({"o slide", 5376, 8192}, {1, 2, 4, 8, 16, 32});
+  measure_rows<CudaQ4Tiled>({"o full", 5376, 16384}, {1, 2, 4, 8, 16, 32});
   measure_rows<CudaQ5Tiled>({"gate+up", 43008, 5376}, {1, 8});
   measure_rows<CudaQ8Tiled>({"gate+up", 43008, 5376}, {1, 8});
   measure_rows<CudaQ4SymmetricTiled>({"gate+up", 43008, 5376}, {1, 8});

@@ -30,6 +30,11 @@ namespace {
 using namespace backend;
 
 constexpr float kLargestHalf = 65504;
+// Decode steps of up to so many rows are captured: more take so long that starting their kernels
+// one by one costs nothing.
+constexpr uint32_t kMostGraphRows = 64;
+constexpr size_t kMostGraphs = 64;
+constexpr uint32_t kMostHeadRows = 64;  // logits take a megabyte a row
 
 // A stream that ends with its owner.
 struct Stream {
@@ -120,10 +125,12 @@ class CudaBackend final : public Backend {
 
   // The rows' product with a weight: parts as they are for few rows, else added up.
   Product multiply(std::string_view what, WeightId weight, const ScaledRows& input);
-  // Of at most kMostRows rows, into parts_.
+  // Of rows that are not in blocks, into parts_.
   Sums multiply_few(WeightId weight, const ActivationRows& input);
-  // Of more rows, into summed_.
-  void multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
+  // Of more rows, scaled, into summed_.
+  Sums multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
+  ManyRowsLaunch many_rows_launch(const DeviceMatrix& matrix, LayoutId layout,
+                                  const WeightRows& weights, uint32_t rows) const;
   // The matrix as tiles: in tiles_ those parts that are stored as blocks.
   std::vector<MatrixPart> packed_parts(const DeviceMatrix& matrix);
   std::vector<LinearCall> linear_calls(WeightId weight, uint32_t rows) const;
@@ -144,7 +151,9 @@ class CudaBackend final : public Backend {
   const RmsNorm& next_norm(size_t index) const;
   ScaledRows rows_of(DeviceArray<uint16_t>& values, DeviceArray<ActivationMeans>& means,
                      DeviceArray<float>& scales, uint32_t width, uint32_t rows) {
-    return {{values.data(), means.data(), rows, TileGrid(1, width).column_tiles}, scales.data()};
+    return {
+        {values.data(), means.data(), rows, TileGrid(1, width).column_tiles, rows > most_few_rows_},
+        scales.data()};
   }
   ScaledRows normed(uint32_t rows) {
     return rows_of(normed_values_, normed_means_, normed_scales_, plan_.hidden, rows);
@@ -168,11 +177,15 @@ class CudaBackend final : public Backend {
   const BackendOptions options_;
   const DeviceInfo device_;
   const DeviceShape device_shape_ = device_shape();
+  const uint32_t most_few_rows_ = most_few_rows(device_shape_);
+  // That are multiplied at a time. The head is too large a matrix to be packed whole in a step.
+  const uint32_t most_head_rows_ =
+      options_.weights == WeightStorage::kDirect ? kMatrixTokens : kMostHeadRows;
   Stream stream_;
   DeviceWeights weights_;
   DeviceKvStore kv_;
   const std::vector<KvPlace> kv_places_;
-  StepInputs inputs_{kv_};
+  StepInputs inputs_{kv_, most_head_rows_};
 
   struct StoredNorm {
     DeviceArray<float> weight;
@@ -184,15 +197,15 @@ class CudaBackend final : public Backend {
 
   DeviceArray<float> residual_;  // [ubatch, hidden]
   DeviceArray<float> parts_;     // of one chunk of rows
-  DeviceArray<float> summed_;    // [ubatch, rows of a weight]
+  DeviceArray<float> summed_;    // [parts, rows, rows of a weight]
   DeviceArray<float> ones_;      // [ubatch]
-  DeviceArray<float> logits_;    // [kMostRows, vocabulary]
+  DeviceArray<float> logits_;    // [most_head_rows_, vocabulary]
   DeviceArray<uint16_t> normed_values_, inner_values_;
   DeviceArray<ActivationMeans> normed_means_, inner_means_;
   DeviceArray<float> normed_scales_, inner_scales_;
-  DeviceArray<uint16_t> blocked_values_;  // activations as matrix-matrix kernels read them
-  DeviceArray<std::byte> shared_tiles_;   // of matrix-matrix kernels; grows when it is used
-  DeviceArray<std::byte> tiles_;  // what is packed while a step runs, where weights are blocks
+  DeviceArray<std::byte> shared_tiles_;  // of matrix-matrix kernels
+  // What is packed while a step runs, where weights are blocks, and a byte that is written after.
+  DeviceArray<std::byte> tiles_;
   DeviceArray<std::byte> attention_workspace_;
   DeviceArray<SplitPart> split_parts_;
   std::vector<float> gated_scales_;         // [steps of the plan], GatedArgs::gated_scale
@@ -291,16 +304,30 @@ void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend
 
 void CudaBackend::reserve_workspace() {
   const uint64_t ubatch = options_.ubatch;
-  uint64_t part_floats = 0, summed_width = 0, tile_bytes = 0;
+  const uint64_t head_rows = std::min<uint64_t>(ubatch, most_head_rows_);
+  uint64_t part_floats = 0, summed_floats = 0, tile_bytes = 0;
   uint32_t inner_width = 0;
-  const auto reserve = [&](WeightId id, bool all_rows) {
+  const auto reserve = [&](WeightId id, uint64_t most_rows) {
     const DeviceMatrix& matrix = weights_.matrix(id);
-    for (uint32_t rows = 1; rows <= kMostRows; ++rows) {
+    for (uint32_t rows = 1; rows <= std::min<uint64_t>(most_rows, most_few_rows_); ++rows) {
       for (const LinearCall& call : linear_calls(id, rows))
-        part_floats = std::max(part_floats, uint64_t(call.launch.parts()) * rows * matrix.rows);
+        part_floats = std::max(part_floats, uint64_t(call.launch.parts) * rows * matrix.rows);
     }
-    if (all_rows) summed_width = std::max<uint64_t>(summed_width, matrix.rows);
-    if (all_rows && ubatch > kMostRows) tile_bytes = std::max(tile_bytes, packed_bytes(matrix));
+    if (most_rows > kMatrixTokens) tile_bytes = std::max(tile_bytes, packed_bytes(matrix));
+    // Only products of few tokens come in parts.
+    const auto result_floats = [&](uint64_t rows) {
+      uint64_t parts = 1;
+      for (const MatrixPart& part : matrix.parts) {
+        parts = std::max<uint64_t>(
+            parts,
+            many_rows_launch(matrix, part.first, part.rows[0], uint32_t(rows)).column_chunks);
+      }
+      return parts * rows * matrix.rows;
+    };
+    for (uint64_t rows = most_few_rows_ + 1; rows <= std::min<uint64_t>(most_rows, kStreamTokens);
+         ++rows)
+      summed_floats = std::max(summed_floats, result_floats(rows));
+    summed_floats = std::max(summed_floats, result_floats(most_rows));
   };
   for (const Step& step : plan_.steps) {
     if (const auto* embed = std::get_if<EmbedStep>(&step)) {
@@ -308,46 +335,46 @@ void CudaBackend::reserve_workspace() {
       tile_bytes =
           std::max(tile_bytes, packed_bytes(table.parts[0].first, uint32_t(ubatch), table.columns));
     } else if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
-      reserve(qkv->qkv, true);
+      reserve(qkv->qkv, ubatch);
       inner_width = std::max(inner_width, qkv->shape.query_width());
     } else if (const auto* project = std::get_if<ProjectStep>(&step)) {
-      reserve(project->weight, true);
+      reserve(project->weight, ubatch);
     } else if (const auto* mlp = std::get_if<GatedMlpStep>(&step)) {
-      reserve(mlp->gate_up, true);
-      reserve(mlp->down, true);
+      reserve(mlp->gate_up, ubatch);
+      reserve(mlp->down, ubatch);
       inner_width = std::max(inner_width, weights_.matrix(mlp->down).columns);
     } else if (const auto* logits = std::get_if<LogitsStep>(&step)) {
-      reserve(logits->weight, false);
+      reserve(logits->weight, head_rows);
     }
   }
   const auto activations = [&](uint32_t width, auto& values, auto& means, auto& scales) {
-    const uint64_t tiles = ubatch * TileGrid(1, width).column_tiles;
-    values = DeviceArray<uint16_t>(tiles * kTileColumns);
-    means = DeviceArray<ActivationMeans>(tiles);
+    const uint64_t column_tiles = TileGrid(1, width).column_tiles;
+    values =
+        DeviceArray<uint16_t>(round_up(ubatch, uint64_t{kMostRows}) * column_tiles * kTileColumns);
+    means = DeviceArray<ActivationMeans>(kMostRows * column_tiles);
     scales = DeviceArray<float>(std::vector<float>(ubatch, 1.0f));
     NIBBLE_CUDA(cudaMemset(values.data(), 0, values.size() * sizeof(uint16_t)));
     NIBBLE_CUDA(cudaMemset(means.data(), 0, means.size() * sizeof(ActivationMeans)));
-    workspace_bytes_ += tiles * (kTileColumns * 2 + sizeof(ActivationMeans)) + ubatch * 4;
+    workspace_bytes_ += values.size() * sizeof(uint16_t) + ubatch * sizeof(float) +
+                        means.size() * sizeof(ActivationMeans);
   };
   activations(plan_.hidden, normed_values_, normed_means_, normed_scales_);
   activations(inner_width, inner_values_, inner_means_, inner_scales_);
-  const ActivationBlocks blocks = {nullptr, options_.ubatch,
-                                   TileGrid(1, std::max(plan_.hidden, inner_width)).column_tiles};
-  blocked_values_ = DeviceArray<uint16_t>(blocks.size());
-  workspace_bytes_ += blocks.size() * sizeof(uint16_t);
+  shared_tiles_ = DeviceArray<std::byte>(many_rows_workspace_bytes(device_shape_));
+  NIBBLE_CUDA(cudaMemset(shared_tiles_.data(), 0, shared_tiles_.size()));
   residual_ = DeviceArray<float>(ubatch * plan_.hidden);
   parts_ = DeviceArray<float>(part_floats);
-  summed_ = DeviceArray<float>((ubatch > kMostRows ? ubatch : kMostRows) * summed_width);
+  summed_ = DeviceArray<float>(summed_floats);
   ones_ = DeviceArray<float>(std::vector<float>(ubatch, 1.0f));
-  logits_ = DeviceArray<float>(uint64_t{kMostRows} * plan_.vocabulary);
+  logits_ = DeviceArray<float>(head_rows * plan_.vocabulary);
   for (const auto* floats : {&residual_, &parts_, &summed_, &ones_, &logits_})
     workspace_bytes_ += floats->size() * sizeof(float);
   split_parts_ = DeviceArray<SplitPart>(most_split_parts(device_shape_.multiprocessors));
   NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   workspace_bytes_ += split_parts_.size() * sizeof(SplitPart);
   if (options_.weights == WeightStorage::kDirect) {
-    tiles_ = DeviceArray<std::byte>(tile_bytes);
-    workspace_bytes_ += tile_bytes;
+    tiles_ = DeviceArray<std::byte>(tile_bytes + 1);
+    workspace_bytes_ += tiles_.size();
   }
   gated_scales_.assign(plan_.steps.size(), 1);
   device_gated_scales_ = DeviceArray<float>(std::span<const float>(gated_scales_));
@@ -374,7 +401,7 @@ void CudaBackend::run(const Batch& batch, BatchResult& result) {
   NIBBLE_CHECK(shape.rows <= options_.ubatch);
   grow_attention_workspace();
 
-  const bool replay = options_.graphs && shape.decode && shape.rows <= kMostRows &&
+  const bool replay = options_.graphs && shape.decode && shape.rows <= kMostGraphRows &&
                       !batch.observe && !profiler_.on();
   do {  // a step may run again: it writes nothing that it reads
     result.logits.clear();
@@ -413,6 +440,7 @@ void CudaBackend::run_graph() {
       throw;
     }
     NIBBLE_CUDA(cudaStreamEndCapture(stream_.handle, &captured));
+    if (graphs_.size() == kMostGraphs) graphs_.clear();
     graph = graphs_.emplace(inputs_.shape(), captured).first;
   }
   NIBBLE_CUDA(cudaGraphLaunch(graph->second.handle, stream_.handle));
@@ -541,11 +569,11 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
   const std::vector<HeadRow>& head = inputs_.head();
   const uint32_t vocabulary = plan_.vocabulary;
   uint32_t first_request = 0;
-  for (uint32_t first = 0; first < head.size(); first += kMostRows) {
-    const uint32_t count = std::min(uint32_t(head.size()) - first, kMostRows);
+  for (uint32_t first = 0; first < head.size(); first += most_head_rows_) {
+    const uint32_t count = std::min(uint32_t(head.size()) - first, most_head_rows_);
     const ScaledRows input = normed(count);
     // The rows of a decode step are all wanted, in their order, and normed already.
-    if (!inputs_.shape().decode || rows() > kMostRows) {
+    if (!inputs_.shape().decode || rows() > most_head_rows_) {
       const NormArgs args = {.residual = residual_.data(),
                              .rows = inputs_.head_rows() + first,
                              .width = plan_.hidden,
@@ -584,6 +612,7 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
 
 std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows) const {
   const DeviceMatrix& matrix = weights_.matrix(weight);
+  const WeightStorage storage = rows > kMatrixTokens ? WeightStorage::kPacked : options_.weights;
   std::vector<LinearCall> calls;
   for (const MatrixPart& part : matrix.parts) {
     FewRowsArgs args = {};
@@ -594,14 +623,14 @@ std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows
     args.output_stride = matrix.rows;
     calls.push_back({&part, args,
                      choose_few_rows(device_shape_, part.first, part.rows[0].rows, part.second,
-                                     part.rows[1].rows, matrix.columns, rows, options_.weights)});
+                                     part.rows[1].rows, matrix.columns, rows, storage)});
   }
   return calls;
 }
 
 Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
   std::vector<LinearCall> calls = linear_calls(weight, input.rows);
-  const auto parts_of = [](const LinearCall& call) { return call.launch.parts(); };
+  const auto parts_of = [](const LinearCall& call) { return call.launch.parts; };
   const Sums sums = {parts_.data(), parts_of(*std::ranges::max_element(calls, {}, parts_of)),
                      input.rows, weights_.matrix(weight).rows};
   const bool equal = std::ranges::all_of(
@@ -610,7 +639,12 @@ Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
     const size_t floats = size_t{sums.parts} * sums.rows * sums.stride;
     NIBBLE_CUDA(cudaMemsetAsync(parts_.data(), 0, floats * sizeof(float), stream_.handle));
   }
-  for (LinearCall& call : calls) {
+  const DeviceMatrix& matrix = weights_.matrix(weight);
+  const std::vector<MatrixPart> parts =
+      input.rows > kMatrixTokens ? packed_parts(matrix) : matrix.parts;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    LinearCall& call = calls[i];
+    std::ranges::copy(parts[i].rows, call.args.weights);
     call.args.activations = input.values;
     call.args.means = input.means;
     call.args.output = parts_.data();
@@ -633,25 +667,28 @@ std::vector<MatrixPart> CudaBackend::packed_parts(const DeviceMatrix& matrix) {
       tiles += round_up(packed_bytes(part.layout(i), rows.rows, matrix.columns), kTileAlignment);
     }
   }
+  // Products don't wait for their weights, unless something other than a kernel is in front.
+  if (tiles != tiles_.data())
+    NIBBLE_CUDA(cudaMemsetAsync(&tiles_.data()[tiles_.size() - 1], 0, 1, stream_.handle));
   return parts;
 }
 
-void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& input) {
-  const uint32_t rows = input.rows.rows;
-  // Before the activations: their kernel waits for what is packed here, and the products, which
-  // don't wait for their weights, for nothing but that kernel.
+// Rows of several layouts share the parts of one result: then there is one.
+ManyRowsLaunch CudaBackend::many_rows_launch(const DeviceMatrix& matrix, LayoutId layout,
+                                             const WeightRows& weights, uint32_t rows) const {
+  const bool one_layout = weights.rows == matrix.rows;
+  return choose_many_rows(device_shape_, device_matrix_unit(), layout, weights.rows, matrix.columns,
+                          rows, one_layout);
+}
+
+Sums CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& input) {
   const std::vector<MatrixPart> parts = packed_parts(matrix);
-  const ActivationBlocks blocks = {blocked_values_.data(), rows, input.rows.column_tiles};
-  launch_block_activations(stream_.handle, input.rows, blocks);
+  const ActivationBlocks blocks = {input.rows.values, input.rows.rows, input.rows.column_tiles};
+  uint32_t result_parts = 1;
   const auto launch_rows = [&](LayoutId layout, const WeightRows& weights) {
     if (weights.rows == 0) return;
-    const ManyRowsLaunch launch = choose_many_rows(device_shape_, device_matrix_unit(), layout,
-                                                   weights.rows, matrix.columns, rows);
-    if (launch.workspace_bytes > shared_tiles_.size()) {
-      shared_tiles_ = {};
-      shared_tiles_ = DeviceArray<std::byte>(launch.workspace_bytes);
-      NIBBLE_CUDA(cudaMemsetAsync(shared_tiles_.data(), 0, shared_tiles_.size(), stream_.handle));
-    }
+    const ManyRowsLaunch launch = many_rows_launch(matrix, layout, weights, blocks.rows);
+    result_parts = launch.column_chunks;
     launch_many_rows(
         stream_.handle, layout,
         {weights, blocks, input.scales, summed_.data(), matrix.rows, shared_tiles_.data()}, launch);
@@ -660,21 +697,20 @@ void CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& in
     launch_rows(part.first, part.rows[0]);
     if (part.second) launch_rows(*part.second, part.rows[1]);
   }
+  return {summed_.data(), result_parts, blocks.rows, matrix.rows};
 }
 
 Product CudaBackend::multiply(std::string_view what, WeightId weight, const ScaledRows& input) {
   const DeviceMatrix& matrix = weights_.matrix(weight);
-  const uint32_t total = input.rows.rows;
   Product product = {};
   const auto launch = [&] {
-    if (total <= kMostRows) {
+    if (input.rows.in_blocks) {
+      product = {multiply_many(matrix, input), ones_.data()};
+    } else {
       product = {multiply_few(weight, input.rows), input.scales};
-      return;
     }
-    multiply_many(matrix, input);
-    product = {{summed_.data(), 1, total, matrix.rows}, ones_.data()};
   };
-  timed(what, matrix.bytes, launch, 2.0 * matrix.rows * matrix.columns * total);
+  timed(what, matrix.bytes, launch, 2.0 * matrix.rows * matrix.columns * input.rows.rows);
   return product;
 }
 

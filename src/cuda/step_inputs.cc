@@ -71,7 +71,7 @@ void StepInputs::list_head(const backend::Batch& batch) {
     const uint32_t end = first_row_[i] + uint32_t(sequence.tokens.size());
     for (uint32_t row = end - rows; row < end; ++row) {
       const bool sample = sequence.sample && row + 1 == end;
-      if (sample) request_lists_.add(*sequence.sample, uint32_t(head_.size()) % kMostRows);
+      if (sample) request_lists_.add(*sequence.sample, uint32_t(head_.size()) % most_head_rows_);
       head_.push_back({row, sequence.logit_rows > 0, sample});
     }
     shape_.decode = shape_.decode && sequence.sample && sequence.logit_rows == 0;

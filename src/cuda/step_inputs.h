@@ -36,7 +36,9 @@ struct StepShape {
 
 class StepInputs {
  public:
-  explicit StepInputs(const DeviceKvStore& kv) : kv_(kv) {}
+  // most_head_rows: that go through the head together
+  StepInputs(const DeviceKvStore& kv, uint32_t most_head_rows)
+      : kv_(kv), most_head_rows_(most_head_rows) {}
   ~StepInputs() { cudaFreeHost(host_); }
   StepInputs(const StepInputs&) = delete;
   StepInputs& operator=(const StepInputs&) = delete;
@@ -74,6 +76,7 @@ class StepInputs {
   void fill_tables(const backend::Batch& batch);
 
   const DeviceKvStore& kv_;
+  const uint32_t most_head_rows_;
   StepShape shape_;
   std::vector<uint32_t> order_;      // sequences: those of one row first
   std::vector<uint32_t> first_row_;  // of each sequence, in the batch's order

@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/half.h"
 #include "cuda/device_array.h"
+#include "cuda/layouts/activation_blocks.h"
 #include "cuda/test_support.h"
 
 namespace nibble::cuda {
@@ -51,8 +52,8 @@ class Step {
     make_sums();
 
     column_tiles_ = (shape.query_width() + kTileColumns - 1) / kTileColumns;
-    values_ = DeviceArray<uint16_t>(places_.size() * column_tiles_ * kTileColumns);
-    means_ = DeviceArray<ActivationMeans>(places_.size() * column_tiles_);
+    values_ = DeviceArray<uint16_t>((places_.size() + kMostRows) * column_tiles_ * kTileColumns);
+    means_ = DeviceArray<ActivationMeans>((places_.size() + kMostRows) * column_tiles_);
     split_parts_ = DeviceArray<SplitPart>(most_split_parts(test::device_shape().multiprocessors));
     NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   }
@@ -91,11 +92,16 @@ class Step {
     args.stride = stride_;
     args.workspace = workspace_.data();
     args.split_parts = split_parts_.data();
-    args.output = {values_.data(), means_.data(), uint32_t(places_.size()), column_tiles_};
+    args.output = {values_.data(), means_.data(), uint32_t(places_.size()), column_tiles_,
+                   in_blocks()};
     launch_attention(stream, layer, launch_, args);
   }
 
   std::vector<uint16_t> output_bits() const { return values_.download(); }
+  bool in_blocks() const {
+    const size_t rows = places_.size();
+    return rows > kMostRows || (rows > kMatrixTokens && rows % 2 == 0);
+  }
 
   void expect_right() {
     const std::vector<uint16_t> bits = values_.download();
@@ -299,9 +305,8 @@ class Step {
 
   void expect_row(uint32_t row, const std::vector<uint16_t>& bits,
                   const std::vector<ActivationMeans>& means) const {
-    const uint32_t first = row / kMostRows * kMostRows;
-    const uint32_t rows = std::min(uint32_t(places_.size()) - first, kMostRows);
-    const size_t before = size_t(first) * column_tiles_;
+    const auto rows = uint32_t(places_.size());
+    const uint32_t stride = activation_stride(rows);
     const uint32_t dim = layer_.shape.head_dim;
     double group_sum = 0;
     for (uint32_t h = 0; h < layer_.shape.query_heads; ++h) {
@@ -309,14 +314,15 @@ class Step {
       for (uint32_t d = 0; d < dim; ++d) {
         const uint32_t column = h * dim + d;
         const float actual =
-            f16_to_f32(bits[before * kTileColumns + activation_index(row - first, column, rows)]);
+            f16_to_f32(bits[in_blocks() ? activation_block_index(row, column, (rows + 7) / 8)
+                                        : activation_index(row, column, stride)]);
         ASSERT_LE(std::abs(actual - expected.output[d]), expected.tolerance[d])
             << "row " << row << " (position " << places_[row].position << "), head " << h
             << ", dim " << d << ": " << actual << ", expected " << expected.output[d];
         group_sum += actual;
-        if (column % 32 != 31) continue;
+        if (in_blocks() || column % 32 != 31) continue;
         const uint32_t group = column % kTileColumns / 32;
-        const auto& parts = means[before + column / kTileColumns * rows + row - first].parts;
+        const auto& parts = means[column / kTileColumns * stride + row].parts;
         const double mean =
             f16_to_f32(parts[group / 2][0][group % 2]) + f16_to_f32(parts[group / 2][1][group % 2]);
         ASSERT_NEAR(mean, group_sum / 32, std::abs(group_sum / 32) * 0x1p-20 + 1e-6);

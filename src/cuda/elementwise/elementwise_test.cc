@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/half.h"
 #include "cuda/device_array.h"
+#include "cuda/layouts/activation_blocks.h"
 #include "cuda/layouts/pack.h"
 #include "cuda/test_support.h"
 
@@ -39,14 +40,17 @@ class Elementwise : public testing::Test {
 struct Rows {
   Rows(uint32_t rows, uint32_t width)
       : rows(rows),
+        in_blocks(rows > kMostRows || (rows > kMatrixTokens && rows % 2 == 0)),
         width(width),
         tiles(TileGrid(1, width).column_tiles),
-        values(std::vector<uint16_t>(size_t(rows) * tiles * kTileColumns, 0xffff)),
-        means(size_t(rows) * tiles),
+        values(std::vector<uint16_t>(size_t(rows + kMostRows) * tiles * kTileColumns, 0xffff)),
+        means(size_t(activation_stride(rows)) * tiles),
         scales(std::vector<float>(rows, NAN)) {
     NIBBLE_CUDA(cudaMemset(means.data(), 0xff, means.size() * sizeof(ActivationMeans)));
   }
-  ScaledRows device() const { return {{values.data(), means.data(), rows, tiles}, scales.data()}; }
+  ScaledRows device() const {
+    return {{values.data(), means.data(), rows, tiles, in_blocks}, scales.data()};
+  }
 
   // Expects the values within f16's rounding, the means, and a scale only where one is needed, or
   // the given one.
@@ -55,8 +59,8 @@ struct Rows {
     const auto halves = values.download();
     const auto stored_means = means.download();
     const auto row_scales = scales.download();
+    const uint32_t stride = activation_stride(rows);
     for (uint32_t row = 0; row < rows; ++row) {
-      const uint32_t first = row / kMostRows * kMostRows, count = std::min(rows - first, kMostRows);
       const double scale = row_scales[row];
       double largest = 0;
       for (uint32_t c = 0; c < width; ++c)
@@ -66,8 +70,9 @@ struct Rows {
       }
       std::vector<double> sums(tiles * 8);
       for (uint32_t c = 0; c < tiles * kTileColumns; ++c) {
-        const double value = f16_to_f32(
-            halves[size_t(first) * tiles * kTileColumns + activation_index(row - first, c, count)]);
+        const double value =
+            f16_to_f32(halves[in_blocks ? activation_block_index(row, c, (rows + 7) / 8)
+                                        : activation_index(row, c, stride)]);
         sums[c / 32] += value;
         const double wanted = c < width ? expected[size_t(row) * width + c] : 0;
         // Half a unit of f16, of its smallest numbers too, and what f32 loses on the way.
@@ -75,9 +80,8 @@ struct Rows {
                     std::abs(wanted) * 0x1.1p-11 + scale * 0x1p-25 + largest * 0x1p-20)
             << "row " << row << ", column " << c;
       }
-      for (uint32_t group = 0; group < sums.size(); ++group) {
-        const auto& parts = stored_means[size_t(first) * tiles + group / 8 * count + row - first]
-                                .parts[group % 8 / 2];
+      for (uint32_t group = 0; !in_blocks && group < sums.size(); ++group) {
+        const auto& parts = stored_means[size_t(group / 8) * stride + row].parts[group % 8 / 2];
         const double mean = f16_to_f32(parts[0][group % 2]) + f16_to_f32(parts[1][group % 2]);
         ASSERT_NEAR(mean, sums[group] / 32,
                     std::abs(sums[group] / 32) * 0x1p-20 + 0x1p-24 + largest / scale * 0x1p-22)
@@ -86,7 +90,9 @@ struct Rows {
     }
   }
 
-  uint32_t rows, width, tiles;
+  uint32_t rows;
+  bool in_blocks;
+  uint32_t width, tiles;
   DeviceArray<uint16_t> values;
   DeviceArray<ActivationMeans> means;
   DeviceArray<float> scales;

@@ -109,13 +109,17 @@ __device__ __forceinline__ void load_sums(const Sums& sums, float scale, uint32_
   const uint64_t part_stride = uint64_t(sums.rows) * sums.stride;
 #pragma unroll
   for (float& value : values) value = 0;
-  for (uint32_t part = 0; part < sums.parts; part += 2) {
-    float first[kLaneValues], second[kLaneValues] = {};  // both in flight
-    load_piece(from, column, width, first);
-    if (part + 1 < sums.parts) load_piece(from + part_stride, column, width, second);
+  constexpr uint32_t kTogether = 4;  // in flight
+  for (uint32_t part = 0; part < sums.parts; part += kTogether) {
+    float pieces[kTogether][kLaneValues] = {};
 #pragma unroll
-    for (uint32_t i = 0; i < kLaneValues; ++i) values[i] += first[i] + second[i];
-    from += 2 * part_stride;
+    for (uint32_t i = 0; i < kTogether; ++i) {
+      if (part + i < sums.parts) load_piece(from + i * part_stride, column, width, pieces[i]);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kLaneValues; ++i)
+      values[i] += (pieces[0][i] + pieces[1][i]) + (pieces[2][i] + pieces[3][i]);
+    from += kTogether * part_stride;
   }
 #pragma unroll
   for (float& value : values) value *= scale;

@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include "cuda/layouts/activation_blocks.h"
 #include "cuda/layouts/activations.h"
 
 namespace nibble::cuda {
@@ -11,19 +12,23 @@ namespace nibble::cuda {
 // 4i + 3 of a warp hold the four parts of one group of 32 columns and call this together.
 __device__ __forceinline__ void store_activations(const ActivationRows& to, uint32_t row,
                                                   uint32_t column, const float (&values)[8]) {
-  const uint32_t first = row / kMostRows * kMostRows;
-  const uint32_t rows = min(to.rows - first, kMostRows);
-  const uint64_t before = uint64_t(first) * to.column_tiles;
   __half2 halves[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) halves[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+  if (to.in_blocks) {
+    const uint32_t row_groups = (to.rows + 7) / 8;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint64_t at = activation_block_index(row, column + 2 * i, row_groups);
+      *reinterpret_cast<__half2*>(to.values + at) = halves[i];
+    }
+    return;
+  }
+  *reinterpret_cast<uint4*>(to.values + activation_index(row, column, to.stride())) =
+      *reinterpret_cast<const uint4*>(halves);
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    halves[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-    sum += __low2float(halves[i]) + __high2float(halves[i]);
-  }
-  *reinterpret_cast<uint4*>(to.values + before * kTileColumns +
-                            activation_index(row - first, column, rows)) =
-      *reinterpret_cast<const uint4*>(halves);
+  for (int i = 0; i < 4; ++i) sum += __low2float(halves[i]) + __high2float(halves[i]);
 
   const uint32_t group_lanes = 0xfu << (threadIdx.x % kLanes & ~3u);
   sum += __shfl_xor_sync(group_lanes, sum, 1);
@@ -32,7 +37,7 @@ __device__ __forceinline__ void store_activations(const ActivationRows& to, uint
     const float mean = sum / 32;
     const __half rounded = __float2half_rn(mean);
     const uint32_t group = column % kTileColumns / 32;
-    auto& parts = to.means[before + column / kTileColumns * rows + row - first].parts[group / 2];
+    auto& parts = to.means[column / kTileColumns * to.stride() + row].parts[group / 2];
     parts[0][group % 2] = __half_as_ushort(rounded);
     parts[1][group % 2] = __half_as_ushort(__float2half_rn(mean - __half2float(rounded)));
   }

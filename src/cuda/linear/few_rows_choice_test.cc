@@ -31,6 +31,10 @@ TEST(FewRowsChoice, FollowsTheTable) {
       // More rows: their activations must fit beside the ring.
       {kH100, LayoutId::kQ4, 43008, 5376, 8, true, 132, 1},
       {kH100, LayoutId::kQ4, 5376, 21504, 8, true, 132, 4},
+      {kH100, LayoutId::kQ4, 43008, 5376, 16, true, 132, 2},
+      {kH100, LayoutId::kQ4, 43008, 5376, 17, true, 132, 3},
+      {kH100, LayoutId::kQ6, 5376, 21504, 16, true, 132, 7},
+      {kH100, LayoutId::kQ4, 5376, 8192, 32, true, 132, 5},
       {kH100, LayoutId::kF16, 5376, 21504, 1, true, 132, 1},
       // Small matrices: no more blocks than row tiles.
       {kH100, LayoutId::kQ4, 100, 256, 1, false, 7, 1},
@@ -88,7 +92,7 @@ TEST(FewRowsChoice, TakesTheSameShapeForBlocks) {
 TEST(FewRowsChoice, FindsRoomOnSmallDevices) {
   for (uint32_t id = 0; id < kLayoutCount; ++id) {
     for (const auto storage : {backend::WeightStorage::kPacked, backend::WeightStorage::kDirect}) {
-      for (uint32_t rows = 1; rows <= kMostRows; ++rows) {
+      for (uint32_t rows = 1; rows <= most_few_rows(kRtx3060); ++rows) {
         const FewRowsLaunch launch =
             choose_few_rows(kRtx3060, LayoutId(id), 5376, {}, 0, 21504, rows, storage);
         EXPECT_LE(launch.shared_bytes, kRtx3060.shared_bytes_per_block) << id;
@@ -103,6 +107,12 @@ TEST(FewRowsChoice, SharesBlocksByBytesBetweenTwoLayouts) {
   EXPECT_EQ(launch.blocks, 132u);
   const double first_bytes = 12288 * 0.5625, second_bytes = 4096 * 0.8203125;
   EXPECT_NEAR(launch.first_blocks, 132 * first_bytes / (first_bytes + second_bytes), 1);
+}
+
+TEST(FewRowsChoice, TakesMoreRowsWhereSharedMemoryHoldsThem) {
+  EXPECT_EQ(most_few_rows(kH100), kMostRows);
+  EXPECT_EQ(most_few_rows(kA100), kMatrixTokens);
+  EXPECT_EQ(most_few_rows(kRtx3060), kMatrixTokens);
 }
 
 TEST(FewRowsChoice, RefusesADeviceWithTooLittleSharedMemory) {

@@ -1,25 +1,32 @@
 #pragma once
 // From a tile's bits to tensor-core operands. For each layout, Fragment<Layout> is what one lane
-// holds of a tile, loaded by 16-byte reads; multiply() adds tile x activations to the lane's sums.
+// holds of a tile, loaded by 16-byte reads; left() makes of it the left operand of one matrix
+// instruction, and finish() adds what the instructions' sums over 256 columns stand for.
 //
 // A quant q becomes f16 by setting it into the mantissa of 1024 (1024 + q) or, one nibble up, of
 // 1024 again (1024 + 16 q); one fused multiply-add takes the 1024 off and applies the group's
 // integer scale, without rounding (all products of Q4_K and Q5_K are integers below 2048). The
 // block's f16 scale multiplies the f32 sums of the 256 columns.
 
+#include "cuda/layouts/activations.h"
 #include "cuda/layouts/layouts.h"
 #include "cuda/ptx.cuh"
 
 namespace nibble::cuda {
 
-// One lane's view of the activations of 256 columns: those of row min(g, ...) in reading order.
+// One lane's view of the activations of 256 columns: those of row g, in reading order, and of every
+// eighth row behind it.
 struct ActivationLane {
   const uint4* even_steps;  // chunk of step s at [4 s]
   const uint4* odd_steps;
-  uint2 means;  // groups 2t, 2t + 1: f16 pair and what its rounding left
+  const uint2* means;  // groups 2t, 2t + 1: f16 pair and what its rounding left
 
-  __device__ __forceinline__ uint4 chunk(int step) const {
-    return (step % 2 ? odd_steps : even_steps)[4 * step];
+  __device__ __forceinline__ uint4 chunk(int token_tile, int step) const {
+    return (step % 2 ? odd_steps
+                     : even_steps)[token_tile * kMatrixTokens * (kTileColumns / 8) + 4 * step];
+  }
+  __device__ __forceinline__ uint2 mean(int token_tile) const {
+    return means[token_tile * kMatrixTokens * 4];
   }
 };
 
@@ -71,7 +78,7 @@ struct KScalesFragment {
   }
 
   // sums += block scale * scaled - block min scale * (minimums x means)
-  __device__ __forceinline__ void finish(float sums[4], const float scaled[2][4],
+  __device__ __forceinline__ void finish(float (&sums)[4], const float (&scaled)[4],
                                          uint2 means) const {
     const __half2 first = mins(0), second = mins(1);
     const __half2 a[4] = {first, second, first, second};
@@ -83,7 +90,7 @@ struct KScalesFragment {
       const float min_scale = -32.0f * __high2float(block[half]);  // a mean is a 32nd of the sum
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        sums[i] += scale * (scaled[0][i] + scaled[1][i]) + min_scale * minimums[i];
+        sums[i] += scale * scaled[i] + min_scale * minimums[i];
       }
     }
   }
@@ -103,31 +110,20 @@ struct Fragment<CudaQ4Tiled> {
     scales.load(tile.scales, lane);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
-    float scaled[2][4] = {};
+  // Of instruction `pairs` (0 or 1) of a step.
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const IntegerScale first(pick(scales.scales(0), group));
-      const IntegerScale second(pick(scales.scales(1), group));
-      const uint32_t* first_words = reinterpret_cast<const uint32_t*>(&quants[group]);
-      const uint32_t* second_words = reinterpret_cast<const uint32_t*>(&quants[2 + group]);
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint4 values = activations.chunk(4 * group + step);
-#pragma unroll
-        for (int pairs = 0; pairs < 2; ++pairs) {
-          const uint32_t w0 = first_words[step] >> (8 * pairs);
-          const uint32_t w1 = second_words[step] >> (8 * pairs);
-          const __half2 a[4] = {first.low(ptx::and_or(w0, 0x000f000f, kMagic)),
-                                second.low(ptx::and_or(w1, 0x000f000f, kMagic)),
-                                first.high(ptx::and_or(w0, 0x00f000f0, kMagic)),
-                                second.high(ptx::and_or(w1, 0x00f000f0, kMagic))};
-          ptx::multiply_add(scaled[pairs], a, pairs ? values.z : values.x,
-                            pairs ? values.w : values.y);
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      const IntegerScale scale(pick(scales.scales(half), step / 4));
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(&quants[2 * half + step / 4])[step % 4] >> (8 * pairs);
+      a[half] = scale.low(ptx::and_or(word, 0x000f000f, kMagic));
+      a[2 + half] = scale.high(ptx::and_or(word, 0x00f000f0, kMagic));
     }
-    scales.finish(sums, scaled, activations.means);
+  }
+  __device__ __forceinline__ void finish(float (&sums)[4], const float (&scaled)[4],
+                                         uint2 means) const {
+    scales.finish(sums, scaled, means);
   }
 };
 
@@ -154,32 +150,20 @@ struct Fragment<CudaQ5Tiled> {
                        pair % 2 ? 0x01000100 : 0x00100010, low);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
-    float scaled[2][4] = {};
-    const uint32_t* high_words = reinterpret_cast<const uint32_t*>(&high_bits);
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      const IntegerScale first(pick(scales.scales(0), group));
-      const IntegerScale second(pick(scales.scales(1), group));
-      const uint32_t* first_words = reinterpret_cast<const uint32_t*>(&quants[group]);
-      const uint32_t* second_words = reinterpret_cast<const uint32_t*>(&quants[2 + group]);
-      const uint32_t h0 = high_words[group], h1 = high_words[2 + group];
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint4 values = activations.chunk(4 * group + step);
-        const uint32_t w0 = first_words[step], w1 = second_words[step];
-#pragma unroll
-        for (int pairs = 0; pairs < 2; ++pairs) {
-          const __half2 a[4] = {first.low(bits(w0, h0, step, 2 * pairs)),
-                                second.low(bits(w1, h1, step, 2 * pairs)),
-                                first.high(bits(w0, h0, step, 2 * pairs + 1)),
-                                second.high(bits(w1, h1, step, 2 * pairs + 1))};
-          ptx::multiply_add(scaled[pairs], a, pairs ? values.z : values.x,
-                            pairs ? values.w : values.y);
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int part = 2 * half + step / 4;
+      const IntegerScale scale(pick(scales.scales(half), step / 4));
+      const uint32_t word = reinterpret_cast<const uint32_t*>(&quants[part])[step % 4];
+      const uint32_t high = reinterpret_cast<const uint32_t*>(&high_bits)[part];
+      a[half] = scale.low(bits(word, high, step % 4, 2 * pairs));
+      a[2 + half] = scale.high(bits(word, high, step % 4, 2 * pairs + 1));
     }
-    scales.finish(sums, scaled, activations.means);
+  }
+  __device__ __forceinline__ void finish(float (&sums)[4], const float (&scaled)[4],
+                                         uint2 means) const {
+    scales.finish(sums, scaled, means);
   }
 };
 
@@ -218,47 +202,41 @@ struct Fragment<CudaQ6Tiled> {
     return __hmul2(centred, scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
-    float scaled[2][4] = {};
-    const uint32_t* h0 = reinterpret_cast<const uint32_t*>(&high_bits[0]);
-    const uint32_t* h1 = reinterpret_cast<const uint32_t*>(&high_bits[1]);
-    __half2 row_scales[2][2];  // [half][groups 0 and 1, 2 and 3]
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t bytes = half ? scales.y : scales.x;
-      const __half2 bias = half2_of(1152.0f);  // 1024 and the layout's 128
-      row_scales[half][0] = __hsub2(ptx::as_half2(__byte_perm(bytes, kMagic, 0x5150)), bias);
-      row_scales[half][1] = __hsub2(ptx::as_half2(__byte_perm(bytes, kMagic, 0x5352)), bias);
+      // 1024 and the layout's 128
+      const __half2 group_scales =
+          __hsub2(ptx::as_half2(
+                      __byte_perm(half ? scales.y : scales.x, kMagic, step / 4 ? 0x5352 : 0x5150)),
+                  half2_of(1152.0f));
+      const __half2 scale = pick(group_scales, step / 2 % 2);
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(&low_bits[2 * half + step / 4])[step % 4];
+      const uint32_t high = reinterpret_cast<const uint32_t*>(&high_bits[half])[step / 2];
+      a[half] = weights(word, high, step, 2 * pairs, scale);
+      a[2 + half] = weights(word, high, step, 2 * pairs + 1, scale);
     }
+  }
+  __device__ __forceinline__ void finish(float (&sums)[4], const float (&scaled)[4], uint2) const {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const uint4 values = activations.chunk(step);
-      const __half2 s0 = pick(row_scales[0][step / 4], step / 2 % 2);
-      const __half2 s1 = pick(row_scales[1][step / 4], step / 2 % 2);
-      const uint32_t w0 = reinterpret_cast<const uint32_t*>(&low_bits[step / 4])[step % 4];
-      const uint32_t w1 = reinterpret_cast<const uint32_t*>(&low_bits[2 + step / 4])[step % 4];
+    for (int i = 0; i < 4; ++i)
+      sums[i] += __half2float(__ushort_as_half(block_scales[i / 2])) * scaled[i];
+  }
+};
+
+// Of layouts whose weights are complete before they are multiplied.
+struct FinishedFragment {
+  __device__ __forceinline__ void finish(float (&sums)[4], const float (&scaled)[4], uint2) const {
 #pragma unroll
-      for (int pairs = 0; pairs < 2; ++pairs) {
-        const __half2 a[4] = {weights(w0, h0[step / 2], step, 2 * pairs, s0),
-                              weights(w1, h1[step / 2], step, 2 * pairs, s1),
-                              weights(w0, h0[step / 2], step, 2 * pairs + 1, s0),
-                              weights(w1, h1[step / 2], step, 2 * pairs + 1, s1)};
-        ptx::multiply_add(scaled[pairs], a, pairs ? values.z : values.x,
-                          pairs ? values.w : values.y);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = __half2float(__ushort_as_half(block_scales[i / 2]));
-      sums[i] += scale * (scaled[0][i] + scaled[1][i]);
-    }
+    for (int i = 0; i < 4; ++i) sums[i] += scaled[i];
   }
 };
 
 // The formats below have a full f16 scale per 32, which multiplies in f16.
 
 template <>
-struct Fragment<CudaQ4SymmetricTiled> {
+struct Fragment<CudaQ4SymmetricTiled> : FinishedFragment {
   uint4 quants[4];
   __half2 scales[2];
 
@@ -278,25 +256,20 @@ struct Fragment<CudaQ4SymmetricTiled> {
     return __hmul2(centred, scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const uint4 values = activations.chunk(step);
-      const __half2 s0 = pick(scales[0], step / 4), s1 = pick(scales[1], step / 4);
-      const uint32_t w0 = reinterpret_cast<const uint32_t*>(&quants[step / 4])[step % 4];
-      const uint32_t w1 = reinterpret_cast<const uint32_t*>(&quants[2 + step / 4])[step % 4];
-#pragma unroll
-      for (int pairs = 0; pairs < 2; ++pairs) {
-        const __half2 a[4] = {weights(w0, 2 * pairs, s0), weights(w1, 2 * pairs, s1),
-                              weights(w0, 2 * pairs + 1, s0), weights(w1, 2 * pairs + 1, s1)};
-        ptx::multiply_add(sums, a, pairs ? values.z : values.x, pairs ? values.w : values.y);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const __half2 scale = pick(scales[half], step / 4);
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(&quants[2 * half + step / 4])[step % 4];
+      a[half] = weights(word, 2 * pairs, scale);
+      a[2 + half] = weights(word, 2 * pairs + 1, scale);
     }
   }
 };
 
 template <>
-struct Fragment<CudaQ8Tiled> {
+struct Fragment<CudaQ8Tiled> : FinishedFragment {
   uint4 quants[8];
   __half2 scales[2];
 
@@ -314,26 +287,20 @@ struct Fragment<CudaQ8Tiled> {
     return __hmul2(__hsub2(quant, half2_of(1152.0f)), scale);
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const uint4 values = activations.chunk(step);
-      const __half2 s0 = pick(scales[0], step / 4), s1 = pick(scales[1], step / 4);
-#pragma unroll
-      for (int pairs = 0; pairs < 2; ++pairs) {
-        const int word = step % 2 * 2 + pairs;
-        const uint32_t w0 = reinterpret_cast<const uint32_t*>(&quants[step / 2])[word];
-        const uint32_t w1 = reinterpret_cast<const uint32_t*>(&quants[4 + step / 2])[word];
-        const __half2 a[4] = {weights(w0, false, s0), weights(w1, false, s1), weights(w0, true, s0),
-                              weights(w1, true, s1)};
-        ptx::multiply_add(sums, a, pairs ? values.z : values.x, pairs ? values.w : values.y);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const __half2 scale = pick(scales[half], step / 4);
+      const uint32_t word =
+          reinterpret_cast<const uint32_t*>(&quants[4 * half + step / 2])[step % 2 * 2 + pairs];
+      a[half] = weights(word, false, scale);
+      a[2 + half] = weights(word, true, scale);
     }
   }
 };
 
 template <class Block, quant::QuantType kType>
-struct Fragment<CudaHalfTiled<Block, kType>> {
+struct Fragment<CudaHalfTiled<Block, kType>> : FinishedFragment {
   uint4 values[16];
 
   __device__ __forceinline__ void load(const CudaHalfTiled<Block, kType>& tile, uint32_t lane) {
@@ -346,19 +313,55 @@ struct Fragment<CudaHalfTiled<Block, kType>> {
     return __floats2half2_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
   }
 
-  __device__ __forceinline__ void multiply(const ActivationLane& activations, float sums[4]) const {
+  __device__ __forceinline__ void left(int step, int pairs, __half2 (&a)[4]) const {
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-      const uint4 right = activations.chunk(step);
-      const uint4 first = values[step], second = values[8 + step];
-      const __half2 a[4] = {weights(first.x), weights(second.x), weights(first.y),
-                            weights(second.y)};
-      ptx::multiply_add(sums, a, right.x, right.y);
-      const __half2 b[4] = {weights(first.z), weights(second.z), weights(first.w),
-                            weights(second.w)};
-      ptx::multiply_add(sums, b, right.z, right.w);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(&values[8 * half + step]);
+      a[half] = weights(words[2 * pairs]);
+      a[2 + half] = weights(words[2 * pairs + 1]);
     }
   }
 };
+
+// sums [row tile][token tile] += tiles x activations.
+template <class Layout, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void multiply(const Fragment<Layout> (&fragments)[kRowTiles],
+                                         const ActivationLane& activations,
+                                         float (&sums)[kRowTiles][kTokenTiles][4]) {
+  // An instruction waits for the one before it with the same sums: one chain would be too few.
+  constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 2 : 1;
+  float scaled[kChains][kRowTiles][kTokenTiles][4] = {};
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    uint4 right[kTokenTiles];
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) right[j] = activations.chunk(j, step);
+#pragma unroll
+    for (int pairs = 0; pairs < 2; ++pairs) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        __half2 left[4];
+        fragments[i].left(step, pairs, left);
+#pragma unroll
+        for (int j = 0; j < kTokenTiles; ++j) {
+          ptx::multiply_add(scaled[pairs % kChains][i][j], left, pairs ? right[j].z : right[j].x,
+                            pairs ? right[j].w : right[j].y);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      float(&total)[4] = scaled[0][i][j];
+      if constexpr (kChains == 2) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) total[k] += scaled[1][i][j][k];
+      }
+      fragments[i].finish(sums[i][j], total, activations.mean(j));
+    }
+  }
+}
 
 }  // namespace nibble::cuda

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/layouts/activations.h"
 #include "cuda/linear/many_rows.h"
 
 namespace nibble::cuda {
@@ -11,11 +10,6 @@ namespace nibble::cuda {
 // The weight's layout is the one that `launch` was chosen for.
 void launch_many_rows(cudaStream_t stream, LayoutId layout, const ManyRowsArgs& args,
                       const ManyRowsLaunch& launch);
-
-// Brings activations from the order of few rows to that of many: `to.values` has room for them,
-// rows and column tiles are the same.
-void launch_block_activations(cudaStream_t stream, const ActivationRows& from,
-                              const ActivationBlocks& to);
 
 // The kernel of one layout; instances lie in many_rows_*.cu.
 template <class Layout>

@@ -8,11 +8,11 @@
 
 namespace nibble::cuda {
 
-template <class Layout, int kTokens>
+template <class Layout, int kTokens, int kSharers>
 void launch_many_rows_wgmma(cudaStream_t stream, const ManyRowsArgs& args,
                             const ManyRowsLaunch& launch) {
-  constexpr uint32_t kSharedBytes = WgmmaShape<Layout, kTokens>::kSharedBytes;
-  const auto kernel = many_rows_wgmma<Layout, kTokens>;
+  constexpr uint32_t kSharedBytes = WgmmaShape<Layout, kTokens, kSharers>::kSharedBytes;
+  const auto kernel = many_rows_wgmma<Layout, kTokens, kSharers>;
   NIBBLE_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedBytes)));
   launch_dependent(stream, kernel, launch.blocks, kWgmmaThreads, kSharedBytes, args, launch);
@@ -25,16 +25,13 @@ void launch_many_rows_kernel(cudaStream_t stream, const ManyRowsArgs& args,
     launch_dependent(stream, many_rows_mma<Layout>, launch.blocks, kMmaThreads, 0, args, launch);
     return;
   }
-  switch (launch.tile_tokens) {
-    case 16:
-      return launch_many_rows_wgmma<Layout, 16>(stream, args, launch);
-    case 32:
-      return launch_many_rows_wgmma<Layout, 32>(stream, args, launch);
-    case 64:
-      return launch_many_rows_wgmma<Layout, 64>(stream, args, launch);
-    default:
-      return launch_many_rows_wgmma<Layout, 128>(stream, args, launch);
+  if constexpr (most_sharers(sizeof(Layout)) > 1) {
+    if (launch.sharers == 2)
+      return launch_many_rows_wgmma<Layout, kStreamTokens, 2>(stream, args, launch);
   }
+  if (launch.tile_tokens == kStreamTokens)
+    return launch_many_rows_wgmma<Layout, kStreamTokens, 1>(stream, args, launch);
+  launch_many_rows_wgmma<Layout, 128, 1>(stream, args, launch);
 }
 
 }  // namespace nibble::cuda

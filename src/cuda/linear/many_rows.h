@@ -1,31 +1,33 @@
 #pragma once
-// Matrix times 9 and more activation rows, on the tensor cores.
+// Matrix times more activation rows than few_rows.h takes, on the tensor cores.
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
+#include "cuda/layouts/activation_blocks.h"
 #include "cuda/layouts/layouts.h"
 #include "cuda/linear/few_rows.h"
-#include "cuda/linear/many_rows_activations.h"
 
 namespace nibble::cuda {
 
 // The work of a launch: output tiles, `tile_rows` weight rows by `tile_tokens` activation rows
-// each, all of the columns deep; neighbours share their weights. Tiles [0, whole_tiles) go to the
-// blocks in turn. The others, fewer than there are blocks, are cut along their columns into equal
-// shares for the first `sharing_blocks` blocks, so that all of them end together.
+// each, one of `column_chunks` equal chunks of the columns deep; neighbours share their weights.
+// Tiles [0, whole_tiles) go to the blocks in turn. The others are cut along their columns into
+// equal shares, in order, for the first `sharing_blocks` blocks, so that all of them end together.
 struct ManyRowsLaunch {
   MatrixUnit unit;
+  uint32_t sharers;  // blocks of a multiprocessor
   uint32_t tile_rows;
   uint32_t tile_tokens;
   uint32_t row_blocks;
+  uint32_t column_chunks;  // each gives a part of the result, to be added by its reader
   uint32_t token_blocks;
   uint32_t whole_tiles;
   uint32_t sharing_blocks;
   uint32_t blocks;
-  uint64_t workspace_bytes;  // for the sums of tiles that blocks share
 
-  constexpr uint32_t tiles() const { return row_blocks * token_blocks; }
+  constexpr uint32_t tiles() const { return row_blocks * column_chunks * token_blocks; }
 };
 
 // The workspace begins with a flag for each block, at the same place whatever the launch's shape:
@@ -33,24 +35,43 @@ struct ManyRowsLaunch {
 inline constexpr uint32_t kMostBlocksSharing = 1024;
 inline constexpr uint64_t kFlagBytes = kMostBlocksSharing * sizeof(uint32_t);
 
+// Up to so many tokens the weights' bytes take longer than the arithmetic: each is read once.
+inline constexpr uint32_t kStreamTokens = 64;
+
+// Blocks of a multiprocessor: one, which reuses most of what it reads, or two, so that the next
+// kernel's weights come while one of them still works.
+constexpr uint32_t most_sharers(uint32_t tile_bytes) {
+  return tile_bytes <= 6000 ? 2 : 1;
+}
 // Weight rows that a block of the layout takes at a time.
-constexpr uint32_t many_rows_tile_rows(uint32_t tile_bytes) {
-  return tile_bytes <= 6000 ? 256 : 128;
+constexpr uint32_t many_rows_tile_rows(uint32_t tile_bytes, uint32_t sharers) {
+  return tile_bytes <= 6000 && sharers == 1 ? 256 : 128;
 }
 
-// For a weight [matrix_rows, columns] times `rows` activation rows.
-ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, LayoutId layout,
-                                uint32_t matrix_rows, uint32_t columns, uint32_t rows);
+// All launches that may be the best for some weight [matrix_rows, columns] and `rows`.
+std::vector<ManyRowsLaunch> many_rows_candidates(const DeviceShape& device, MatrixUnit unit,
+                                                 LayoutId layout, uint32_t matrix_rows,
+                                                 uint32_t columns, uint32_t rows);
 
-// output[r][first_output + n] = scales[r] * sum over k of weights[n][k] * activations[r][k]
+// For a weight [matrix_rows, columns] times `rows` activation rows.
+// in_parts: whether the result may come in several.
+ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, LayoutId layout,
+                                uint32_t matrix_rows, uint32_t columns, uint32_t rows,
+                                bool in_parts);
+
+// Enough for every launch on the device.
+uint64_t many_rows_workspace_bytes(const DeviceShape& device);
+
+// sum over p of output[p][r][first_output + n]
+//   = scales[r] * sum over k of weights[n][k] * activations[r][k]
 struct ManyRowsArgs {
   WeightRows weights;
   ActivationBlocks activations;
   const float* scales;  // [rows]; null: ones
-  float* output;        // [rows, output_stride]
+  float* output;        // [column_chunks, rows, output_stride]
   uint32_t output_stride;
-  // launch.workspace_bytes of device memory, cleared once before its first use; launches of one
-  // stream may share it.
+  // many_rows_workspace_bytes() of device memory, cleared once before its first use; launches of
+  // one stream may share it.
   void* workspace;
 };
 

@@ -12,27 +12,32 @@ constexpr DeviceShape kH100{132, 227 << 10};
 struct Case {
   LayoutId layout;
   uint32_t matrix_rows, columns, rows;
-  uint32_t tile_rows, tile_tokens, whole_tiles, shared_tiles, sharing_blocks, blocks;
+  uint32_t sharers, chunks, tile_rows, tile_tokens, whole_tiles, shared_tiles, sharing_blocks,
+      blocks;
 };
 
 TEST(ManyRowsChoice, FollowsTheTable) {
   const Case cases[] = {
       // The 31B model's matrices.
-      {LayoutId::kQ4, 43008, 5376, 2048, 256, 128, 2640, 48, 132, 132},
-      {LayoutId::kQ4, 43008, 5376, 64, 256, 64, 132, 36, 132, 132},
-      {LayoutId::kQ6, 5376, 21504, 1024, 256, 128, 132, 36, 132, 132},
-      {LayoutId::kQ4, 5376, 8192, 16, 256, 16, 0, 21, 132, 132},
+      {LayoutId::kQ4, 43008, 5376, 2048, 1, 1, 256, 128, 2640, 48, 132, 132},
+      {LayoutId::kQ4, 43008, 5376, 64, 2, 1, 128, 64, 0, 336, 264, 264},
+      {LayoutId::kQ6, 5376, 21504, 1024, 1, 1, 256, 128, 132, 36, 132, 132},
+      {LayoutId::kQ4, 5376, 8192, 40, 2, 4, 128, 64, 0, 168, 264, 264},
+      {LayoutId::kQ6, 5376, 21504, 64, 2, 6, 128, 64, 0, 252, 264, 264},
       // Tiles of 16-bit weights are half as tall: their bytes would not fit.
-      {LayoutId::kF16, 16384, 5376, 512, 128, 128, 396, 116, 132, 132},
+      {LayoutId::kF16, 16384, 5376, 512, 1, 1, 128, 128, 396, 116, 132, 132},
+      {LayoutId::kF16, 16384, 5376, 33, 1, 1, 128, 64, 0, 128, 132, 132},
       // Few tiles: not more blocks than can share them.
-      {LayoutId::kQ4, 300, 768, 9, 256, 16, 0, 2, 6, 6},
-      {LayoutId::kQ4, 256, 21504, 32, 256, 32, 0, 1, 8, 8},
-      {LayoutId::kQ4, 132 * 256, 768, 100, 256, 128, 132, 0, 0, 132},
+      {LayoutId::kQ4, 300, 768, 9, 2, 3, 128, 64, 0, 9, 9, 9},
+      {LayoutId::kQ4, 256, 21504, 33, 2, 12, 128, 64, 0, 24, 168, 168},
+      {LayoutId::kQ4, 132 * 256, 768, 100, 1, 1, 256, 128, 132, 0, 0, 132},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(testing::Message() << c.matrix_rows << " x " << c.columns << ", " << c.rows);
-    const ManyRowsLaunch launch =
-        choose_many_rows(kH100, MatrixUnit::kWgmma, c.layout, c.matrix_rows, c.columns, c.rows);
+    const ManyRowsLaunch launch = choose_many_rows(kH100, MatrixUnit::kWgmma, c.layout,
+                                                   c.matrix_rows, c.columns, c.rows, true);
+    EXPECT_EQ(launch.sharers, c.sharers);
+    EXPECT_EQ(launch.column_chunks, c.chunks);
     EXPECT_EQ(launch.tile_rows, c.tile_rows);
     EXPECT_EQ(launch.tile_tokens, c.tile_tokens);
     EXPECT_EQ(launch.whole_tiles, c.whole_tiles);
@@ -50,10 +55,20 @@ TEST(ManyRowsChoice, TakesHoppersInstructionsFromItsOwnCodeOnly) {
 
 TEST(ManyRowsChoice, GivesOlderDevicesWholeTiles) {
   const ManyRowsLaunch launch =
-      choose_many_rows({108, 163 << 10}, matrix_unit_of(80), LayoutId::kQ4, 5376, 8192, 100);
+      choose_many_rows({108, 163 << 10}, matrix_unit_of(80), LayoutId::kQ4, 5376, 8192, 100, true);
   EXPECT_EQ(launch.unit, MatrixUnit::kMma);
   EXPECT_EQ(launch.blocks, 21u * 2);
-  EXPECT_EQ(launch.workspace_bytes, 0u);
+  EXPECT_EQ(launch.column_chunks, 1u);
+}
+
+TEST(ManyRowsChoice, OneWorkspaceServesEveryLaunch) {
+  for (const uint32_t rows : {9u, 16u, 33u, 64u, 65u, 2000u}) {
+    for (const ManyRowsLaunch& launch :
+         many_rows_candidates(kH100, MatrixUnit::kWgmma, LayoutId::kQ4, 5376, 21504, rows)) {
+      const uint64_t tile_bytes = uint64_t{launch.tile_rows} * launch.tile_tokens * sizeof(float);
+      EXPECT_LE(kFlagBytes + launch.sharing_blocks * tile_bytes, many_rows_workspace_bytes(kH100));
+    }
+  }
 }
 
 TEST(ManyRowsChoice, ActivationBlocksHaveOnePlaceForEachValue) {

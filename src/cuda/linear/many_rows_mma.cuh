@@ -8,7 +8,7 @@
 
 namespace nibble::cuda {
 
-inline constexpr uint32_t kMmaTokens = 64;
+inline constexpr uint32_t kMmaTokens = kStreamTokens;
 inline constexpr uint32_t kMmaWarps = 8;
 inline constexpr uint32_t kMmaThreads = kMmaWarps * kLanes;
 inline constexpr uint32_t kMmaStages = 4;
@@ -27,7 +27,7 @@ template <class Layout>
 __global__ void __launch_bounds__(kMmaThreads)
     many_rows_mma(const __grid_constant__ ManyRowsArgs args,
                   const __grid_constant__ ManyRowsLaunch launch) {
-  constexpr uint32_t kWarpTiles = many_rows_tile_rows(sizeof(Layout)) / kTileRows / kMmaWarps;
+  constexpr uint32_t kWarpTiles = many_rows_tile_rows(sizeof(Layout), 1) / kTileRows / kMmaWarps;
   constexpr uint32_t kStageChunks = kMmaTokens * kBlockColumns / 8;  // of 16 bytes
   __shared__ uint4 ring[kMmaStages][kStageChunks];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;

@@ -1,8 +1,8 @@
 #pragma once
 // The kernel of many_rows.h on Hopper's asynchronous matrix instructions.
 //
-// A block has its multiprocessor to itself and takes a tile of (usually) 256 weight rows by up to
-// 128 tokens: two warpgroups of consumers, 128 weight rows each. Weights are the left operand, from
+// A block takes a tile of 128 or 256 weight rows by up to 128 tokens: two warpgroups of consumers,
+// half of the weight rows each. Weights are the left operand, from
 // registers: a lane reads its own part of a packed tile from shared memory and finishes f16 weights
 // for the next instruction while the tensor cores work on the one before. Activations are the
 // right operand, in shared memory as they lie in global memory. Two producer warps keep two rings
@@ -22,12 +22,14 @@ inline constexpr uint32_t kConsumerWarps = 8;
 inline constexpr uint32_t kConsumers = kConsumerWarps * kLanes;
 inline constexpr uint32_t kWarpgroup = 128;
 inline constexpr uint32_t kWgmmaThreads = kConsumers + kWarpgroup;
-inline constexpr uint32_t kWgmmaSharedBytes = 226 << 10;
 
 // Dynamic shared memory: activations, weights, barriers.
-template <class Layout, int kTokens>
+template <class Layout, int kTokens, int kSharers>
 struct WgmmaShape {
-  static constexpr uint32_t kRows = many_rows_tile_rows(sizeof(Layout));
+  static constexpr uint32_t kRows = many_rows_tile_rows(sizeof(Layout), kSharers);
+  static constexpr uint32_t kMostSharedBytes = (kSharers == 1 ? 226 : 113) << 10;
+  static constexpr int kProducerRegisters = kSharers == 1 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kSharers == 1 ? 240 : 104;
   static constexpr uint32_t kRowTiles = kRows / kTileRows;            // in a block's tile
   static constexpr uint32_t kWarpTiles = kRowTiles / kConsumerWarps;  // of them, a warp's own
   static constexpr uint32_t kActivationBytes = kTokens * kBlockColumns * 2;
@@ -36,9 +38,9 @@ struct WgmmaShape {
     return value < most ? value : most;
   }
   static constexpr uint32_t kWeightStages = at_most(
-      (kWgmmaSharedBytes - 1024 - 4 * kActivationBytes) / kWeightBytes, kTokens > 64 ? 3 : 5);
+      (kMostSharedBytes - 1024 - 4 * kActivationBytes) / kWeightBytes, kTokens > 64 ? 3 : 5);
   static constexpr uint32_t kActivationStages =
-      at_most((kWgmmaSharedBytes - 1024 - kWeightStages * kWeightBytes) / kActivationBytes, 12);
+      at_most((kMostSharedBytes - 1024 - kWeightStages * kWeightBytes) / kActivationBytes, 12);
   static constexpr uint32_t kWeightsAt = kActivationStages * kActivationBytes;
   static constexpr uint32_t kBarriersAt = kWeightsAt + kWeightStages * kWeightBytes;
   static constexpr uint32_t kSharedBytes =
@@ -46,9 +48,19 @@ struct WgmmaShape {
   static_assert(kWeightStages >= 2 && kActivationStages >= 4);
 };
 
-// Part of a tile's columns, in tiles of kTileColumns.
+// Part of a tile's columns, in tiles of kTileColumns from its chunk's first on.
 struct Segment {
   uint32_t tile, begin, end;
+};
+
+// Which of the result's rows, parts and tokens a tile is.
+struct ResultPlace {
+  uint32_t row_block, chunk, token_block;
+
+  __device__ __forceinline__ ResultPlace(const ManyRowsLaunch& launch, uint32_t tile)
+      : row_block(tile / launch.token_blocks / launch.column_chunks),
+        chunk(tile / launch.token_blocks % launch.column_chunks),
+        token_block(tile % launch.token_blocks) {}
 };
 
 // Where block `index`'s share of the tiles that blocks share begins.
@@ -62,8 +74,8 @@ __device__ __forceinline__ uint32_t share(const ManyRowsLaunch& launch, uint32_t
 // What a block works on, in order.
 class Segments {
  public:
-  __device__ __forceinline__ Segments(const ManyRowsLaunch& launch, uint32_t column_tiles)
-      : whole_(launch.whole_tiles), depth_(column_tiles), tile_(blockIdx.x) {
+  __device__ __forceinline__ Segments(const ManyRowsLaunch& launch, uint32_t depth)
+      : whole_(launch.whole_tiles), depth_(depth), tile_(blockIdx.x) {
     const bool shares = blockIdx.x < launch.sharing_blocks;
     at_ = shares ? share(launch, depth_, blockIdx.x) : 0;
     end_ = shares ? share(launch, depth_, blockIdx.x + 1) : 0;
@@ -91,9 +103,9 @@ class Segments {
 template <class Shape, int kTokens>
 using TileSums = float[Shape::kWarpTiles][kTokens / 2];
 
-template <class Layout, int kTokens>
+template <class Layout, int kTokens, int kSharers>
 class WgmmaBlock {
-  using Shape = WgmmaShape<Layout, kTokens>;
+  using Shape = WgmmaShape<Layout, kTokens, kSharers>;
   using Sums = TileSums<Shape, kTokens>;
 
  public:
@@ -101,7 +113,7 @@ class WgmmaBlock {
                                         char* shared)
       : args_(args),
         launch_(launch),
-        depth_(args.activations.column_tiles),
+        depth_(args.activations.column_tiles / launch.column_chunks),
         activations_(shared),
         weights_(reinterpret_cast<Layout*>(shared + Shape::kWeightsAt)) {
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Shape::kBarriersAt);
@@ -125,12 +137,16 @@ class WgmmaBlock {
 
   __device__ __forceinline__ void produce_weights(uint32_t lane) {
     const uint32_t row_tiles = (args_.weights.rows + kTileRows - 1) / kTileRows;
-    const Layout* const tiles = static_cast<const Layout*>(args_.weights.data);
+    const uint32_t column_tiles = args_.activations.column_tiles;
+    const uint64_t policy = ptx::evict_first_policy();
     RingPlace<Shape::kWeightStages> place;
     Segments segments(launch_, depth_);
     for (Segment segment; segments.next(segment);) {
-      const uint32_t first = segment.tile / launch_.token_blocks * Shape::kRowTiles;
+      const ResultPlace at(launch_, segment.tile);
+      const uint32_t first = at.row_block * Shape::kRowTiles;
       const uint32_t count = min(Shape::kRowTiles, row_tiles - first);
+      const Layout* const tiles = static_cast<const Layout*>(args_.weights.data) +
+                                  uint64_t(first + lane) * column_tiles + at.chunk * depth_;
 #pragma unroll 1  // within a producer's registers
       for (uint32_t column = segment.begin; column < segment.end; ++column) {
         ptx::barrier_wait(&weights_free_[place.slot], place.round ^ 1);
@@ -138,8 +154,12 @@ class WgmmaBlock {
         if (lane == 0) ptx::barrier_expect(full, count * uint32_t(sizeof(Layout)));
         __syncwarp();
         if (lane < count) {
-          ptx::bulk_copy(&weights_[place.slot * Shape::kRowTiles + lane],
-                         tiles + uint64_t(first + lane) * depth_ + column, sizeof(Layout), full);
+          Layout* const slot = &weights_[place.slot * Shape::kRowTiles + lane];
+          if (kSharers > 1) {
+            ptx::bulk_copy(slot, tiles + column, sizeof(Layout), full, policy);
+          } else {  // other blocks read it, too
+            ptx::bulk_copy(slot, tiles + column, sizeof(Layout), full);
+          }
         }
         place.advance();
       }
@@ -155,15 +175,18 @@ class WgmmaBlock {
     RingPlace<Shape::kActivationStages> place;
     Segments segments(launch_, depth_);
     for (Segment segment; segments.next(segment);) {
-      const uint32_t first = segment.tile % launch_.token_blocks * (kTokens / 8);
+      const ResultPlace at(launch_, segment.tile);
+      const uint32_t first = at.token_block * (kTokens / 8);
       const uint32_t bytes = min(uint32_t(row_groups) - first, uint32_t(kTokens / 8)) * kGroupBytes;
 #pragma unroll 1
       for (uint32_t block = segment.begin * kBlocks; block < segment.end * kBlocks; ++block) {
         ptx::barrier_wait(&activations_free_[place.slot], place.round ^ 1);
         uint64_t* const full = &activations_full_[place.slot];
         ptx::barrier_expect(full, bytes);
-        ptx::bulk_copy(activations_ + place.slot * Shape::kActivationBytes,
-                       values + (block * row_groups + first) * kGroupBytes, bytes, full);
+        ptx::bulk_copy(
+            activations_ + place.slot * Shape::kActivationBytes,
+            values + ((at.chunk * depth_ * kBlocks + block) * row_groups + first) * kGroupBytes,
+            bytes, full);
         place.advance();
       }
     }
@@ -330,8 +353,10 @@ class WgmmaBlock {
   }
 
   __device__ __forceinline__ void store(uint32_t tile, const Sums& sums) const {
-    const uint32_t first_token = tile % launch_.token_blocks * kTokens + lane() % 4 * 2;
-    const uint32_t first_row = tile / launch_.token_blocks * Shape::kRows + lane() / 4;
+    const ResultPlace at(launch_, tile);
+    const uint32_t first_token = at.token_block * kTokens + lane() % 4 * 2;
+    const uint32_t first_row = at.row_block * Shape::kRows + lane() / 4;
+    const uint64_t first_result = uint64_t(at.chunk) * args_.activations.rows;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
@@ -339,8 +364,8 @@ class WgmmaBlock {
         const uint32_t token = first_token + 8 * j + k;
         if (token >= args_.activations.rows) continue;
         const float scale = args_.scales ? args_.scales[token] : 1.0f;
-        float* const output =
-            args_.output + uint64_t(token) * args_.output_stride + args_.weights.first_output;
+        float* const output = args_.output + (first_result + token) * args_.output_stride +
+                              args_.weights.first_output;
 #pragma unroll
         for (int i = 0; i < Shape::kWarpTiles; ++i) {
 #pragma unroll
@@ -355,7 +380,7 @@ class WgmmaBlock {
 
   const ManyRowsArgs& args_;
   const ManyRowsLaunch& launch_;
-  const uint32_t depth_;  // column tiles
+  const uint32_t depth_;  // column tiles of a chunk
   char* const activations_;
   Layout* const weights_;
   uint64_t *weights_full_, *weights_free_, *activations_full_, *activations_free_;
@@ -364,23 +389,24 @@ class WgmmaBlock {
 };
 #endif
 
-template <class Layout, int kTokens>
-__global__ void __launch_bounds__(kWgmmaThreads, 1)
+template <class Layout, int kTokens, int kSharers>
+__global__ void __launch_bounds__(kWgmmaThreads, kSharers)
     many_rows_wgmma(const __grid_constant__ ManyRowsArgs args,
                     const __grid_constant__ ManyRowsLaunch launch) {
 #if NIBBLE_HAS_WGMMA
   extern __shared__ __align__(1024) char shared[];
-  WgmmaBlock<Layout, kTokens> block(args, launch, shared);
+  using Shape = WgmmaShape<Layout, kTokens, kSharers>;
+  WgmmaBlock<Layout, kTokens, kSharers> block(args, launch, shared);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    ptx::give_up_registers<24>();
+    ptx::give_up_registers<Shape::kProducerRegisters>();
     const uint32_t warp = (threadIdx.x - kConsumers) / kLanes, lane = threadIdx.x % kLanes;
     if (warp == 0) block.produce_weights(lane);
     if (warp == 1 && lane == 0) block.produce_activations();
     ptx::launch_dependents();
   } else {
-    ptx::take_registers<240>();
+    ptx::take_registers<Shape::kConsumerRegisters>();
     ptx::launch_dependents();
     block.consume();
   }
