@@ -298,7 +298,6 @@ void bench(const BenchOptions& options) {
     }
   }
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());
-  engine_options.snapshots = 0;
   const OpenModel model = open_model(options.model, engine_options);
 
   Report report;

@@ -152,7 +152,9 @@ class Chat {
 };
 
 void chat(const ChatOptions& options) {
-  const OpenModel model = open_model(options.model, options.model.engine_options());
+  engine::EngineOptions engine_options = options.model.engine_options();
+  engine_options.snapshots = engine::kTurnSnapshots;
+  const OpenModel model = open_model(options.model, engine_options);
   require_tokenizer(*model.engine);
   const text::ChatFormat* format = model.engine->chat_format();
   if (format == nullptr) {

@@ -22,7 +22,6 @@
 namespace nibble::app {
 namespace {
 
-constexpr uint32_t kUbatch = 512;  // the engine's default
 constexpr size_t kShownElements = 8;
 
 // The double that prints with the fewest digits that give `value` back: 1e-6, not 9.99999997e-07.
@@ -132,25 +131,44 @@ std::map<quant::QuantType, TypeTotal> type_totals(const engine::ModelFile& model
 struct MemoryRow {
   backend::KvFormat format;
   uint32_t context;
-  engine::MemoryNeeds needs;
+  engine::MemoryNeeds needs;    // of one session without snapshots
+  uint64_t snapshot_bytes = 0;  // of those that `chat` keeps as far as memory has room
 };
 
-// On which backend memory is computed: the only one that a packed model runs on.
-std::string_view memory_backend(const engine::ModelFile& model) {
-  return model.packed() ? model.packed()->backend() : "cpu";
+// GB that GPUs are sold with.
+constexpr uint32_t kCards[] = {6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 288};
+
+// The smallest that holds so much and leaves 4 % to others: a display, error correction.
+std::optional<uint32_t> smallest_card(uint64_t bytes) {
+  for (const uint32_t card : kCards) {
+    if (double(bytes) <= 0.96e9 * card) return card;
+  }
+  return std::nullopt;
 }
 
-std::vector<MemoryRow> memory_rows(const engine::ModelFile& model, const backend::Plan& plan) {
+// For which backends memory is computed: a packed model runs on one only.
+std::vector<std::string> memory_backends(const engine::ModelFile& model) {
+  if (model.packed()) return {std::string(model.packed()->backend())};
+  return {"cuda", "cpu"};
+}
+
+std::vector<MemoryRow> memory_rows(const backend::Plan& plan, const std::string& backend) {
   std::set<uint32_t> contexts = {plan.trained_context};
   for (const uint32_t context : {512u, 2048u, 8192u, 32768u, 131072u}) {
     if (context <= plan.trained_context) contexts.insert(context);
   }
   std::vector<MemoryRow> rows;
   engine::EngineOptions options;
-  options.backend = memory_backend(model);
+  options.backend = backend;
   for (const backend::KvOptions& kv : kv_choices(plan, options)) {
+    options.kv_format = kv.format;
     for (const uint32_t context : contexts) {
-      rows.push_back({kv.format, context, engine::memory_needs(plan, kv, context, kUbatch)});
+      options.context = context;
+      options.snapshots = engine::kTurnSnapshots;
+      const uint64_t with_snapshots = memory_needs(plan, options).kv_bytes;
+      options.snapshots = 0;
+      const engine::MemoryNeeds needs = memory_needs(plan, options);
+      rows.push_back({kv.format, context, needs, with_snapshots - needs.kv_bytes});
     }
   }
   return rows;
@@ -239,29 +257,52 @@ boost::json::object to_json(const Inspection& inspection) {
     json["not_run_because"] = printable(inspection.why_not_run);
     return json;
   }
-  for (const MemoryRow& row : memory_rows(inspection.model, *inspection.plan)) {
-    memory.push_back({{"backend", memory_backend(inspection.model)},
-                      {"kv", to_string(row.format)},
-                      {"context", row.context},
-                      {"weights_bytes", row.needs.weights_bytes},
-                      {"kv_bytes", row.needs.kv_bytes},
-                      {"workspace_bytes", row.needs.workspace_bytes},
-                      {"total_bytes", row.needs.total()}});
+  for (const std::string& backend : memory_backends(inspection.model)) {
+    for (const MemoryRow& row : memory_rows(*inspection.plan, backend)) {
+      boost::json::object& object = memory.emplace_back(boost::json::object()).as_object();
+      object = {{"backend", backend},
+                {"kv", to_string(row.format)},
+                {"context", row.context},
+                {"weights_bytes", row.needs.weights_bytes},
+                {"kv_bytes", row.needs.kv_bytes},
+                {"workspace_bytes", row.needs.workspace_bytes},
+                {"driver_bytes", row.needs.driver_bytes},
+                {"total_bytes", row.needs.total()},
+                {"snapshot_bytes", row.snapshot_bytes}};
+      if (const auto card = smallest_card(row.needs.total()); card && backend != "cpu")
+        object["smallest_card_gb"] = *card;
+    }
   }
   json["memory"] = std::move(memory);
   return json;
 }
 
-void print_memory(const engine::ModelFile& model, const backend::Plan& plan) {
-  fmt::print("\nMemory on backend {}{}:\n", memory_backend(model),
-             model.packed() ? "" : " (weights are the file's own pages, not a copy)");
-  fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", "context", "kv", "weights", "cache",
-             "workspace", "total");
-  for (const MemoryRow& row : memory_rows(model, plan)) {
-    fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}  {:>9}\n", row.context, to_string(row.format),
-               human_bytes(row.needs.weights_bytes), human_bytes(row.needs.kv_bytes),
-               human_bytes(row.needs.workspace_bytes), human_bytes(row.needs.total()));
+void print_memory(const backend::Plan& plan, const std::string& backend) {
+  const std::vector<MemoryRow> rows = memory_rows(plan, backend);
+  const engine::MemoryNeeds& needs = rows.front().needs;
+  const bool device = backend != "cpu";
+  fmt::print("\nMemory on backend {}: weights {}{}, workspace {}", backend,
+             human_bytes(needs.weights_bytes), device ? "" : " (the file's own pages)",
+             human_bytes(needs.workspace_bytes));
+  if (device) fmt::print(", the driver's own about {}", human_bytes(needs.driver_bytes));
+  fmt::print("\n  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}{}\n", "context", "kv", "cache", "total",
+             "snapshots", device ? "  card" : "");
+  for (const MemoryRow& row : rows) {
+    const auto card = smallest_card(row.needs.total());
+    fmt::print("  {:>8}  {:>4}  {:>9}  {:>9}  {:>9}{}\n", row.context, to_string(row.format),
+               human_bytes(row.needs.kv_bytes), human_bytes(row.needs.total()),
+               human_bytes(row.snapshot_bytes),
+               !device ? ""
+               : card  ? fmt::format("  {} GB", *card)
+                       : "  none");
   }
+}
+
+void print_memory(const engine::ModelFile& model, const backend::Plan& plan) {
+  for (const std::string& backend : memory_backends(model)) print_memory(plan, backend);
+  fmt::print(
+      "Cache is taken as a conversation grows. Snapshots, to go back to, are kept by `chat` where\n"
+      "memory has room, and are not in the total.\n");
 }
 
 void print(const engine::PackedModel& packed) {

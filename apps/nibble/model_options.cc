@@ -125,6 +125,7 @@ void ModelOptions::add_context_to(CLI::App& command) {
 
 engine::EngineOptions ModelOptions::engine_options() const {
   engine::EngineOptions options;
+  options.snapshots = 0;
   options.backend = backend;
   if (weights == "direct") options.weights = backend::WeightStorage::kDirect;
   if (weights == "packed") options.weights = backend::WeightStorage::kPacked;

@@ -34,6 +34,7 @@ struct ModelOptions {
 
   void add_to(CLI::App& command);          // all but the context
   void add_context_to(CLI::App& command);  // -c
+  // Without snapshots: most commands never go back.
   engine::EngineOptions engine_options() const;
 };
 

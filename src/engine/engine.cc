@@ -107,24 +107,26 @@ const BackendKind& find_backend(std::string_view name) {
   fail(ErrorCode::kInvalidArgument, "there is no backend '{}'; this build has: {}", name, names);
 }
 
-// What a backend's kernels read, whether this build has it or not.
-struct KvSupport {
-  std::string_view backend;
-  std::vector<backend::KvFormat> formats;  // the first one where none is asked for
+// What is known of a backend whether this build has it or not.
+struct BackendTraits {
+  std::string_view name;
+  std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
   bool shared_rows;
+  uint64_t driver_bytes = 0;  // MemoryNeeds'
 };
 
 // nullptr: no backend's name.
-const KvSupport* find_kv_support(std::string_view backend) {
+const BackendTraits* find_traits(std::string_view backend) {
   using enum backend::KvFormat;
-  static const KvSupport support[] = {
-      {"cuda", {kF16}, false},
+  static const BackendTraits traits[] = {
+      // 0.52 to 0.64 GB were measured: docs/measurements/memory.md.
+      {"cuda", {kF16}, false, 600'000'000},
       {"cpu", {kF16, kQ8, kTq4, kF32}, true},
       {"reference", {kF32, kF16, kQ8, kTq4}, true},
   };
   if (backend == "auto") backend = find_backend("auto").name;
-  const auto* found = std::ranges::find(support, backend, &KvSupport::backend);
-  return found == std::end(support) ? nullptr : found;
+  const auto* found = std::ranges::find(traits, backend, &BackendTraits::name);
+  return found == std::end(traits) ? nullptr : found;
 }
 
 void validate(const EngineOptions& options, const BackendKind& kind) {
@@ -154,18 +156,18 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
 }  // namespace
 
 std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
-  const KvSupport* support = find_kv_support(backend);
-  return support ? support->formats : std::span<const backend::KvFormat>();
+  const BackendTraits* traits = find_traits(backend);
+  return traits ? traits->kv_formats : std::span<const backend::KvFormat>();
 }
 
 backend::KvOptions kv_options(const EngineOptions& options) {
   using enum backend::KvFormat;
-  const KvSupport* support = find_kv_support(options.backend);
-  NIBBLE_CHECK(support != nullptr);
-  const backend::KvFormat format = options.kv_format.value_or(support->formats.front());
+  const BackendTraits* traits = find_traits(options.backend);
+  NIBBLE_CHECK(traits != nullptr);
+  const backend::KvFormat format = options.kv_format.value_or(traits->kv_formats.front());
   return {.format = format,
           .window_format = options.kv_window_format.value_or(format == kF32 ? kF32 : kF16),
-          .layout = support->shared_rows ? options.kv_layout : backend::KvLayout::kSplit};
+          .layout = traits->shared_rows ? options.kv_layout : backend::KvLayout::kSplit};
 }
 
 std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options) {
@@ -176,6 +178,27 @@ std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOpti
     choices.push_back(kv_options(options));
   }
   return choices;
+}
+
+namespace {
+
+SizeRequest size_request(const backend::Plan& plan, const EngineOptions& options) {
+  return {.kv = kv_options(options),
+          .alternatives = kv_choices(plan, options),
+          .context = options.context,
+          .sessions = options.sessions,
+          .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch,
+          .snapshots = options.snapshots};
+}
+
+}  // namespace
+
+MemoryNeeds memory_needs(const backend::Plan& plan, const EngineOptions& options) {
+  SizeRequest request = size_request(plan, options);
+  if (request.context == 0) request.context = plan.trained_context;
+  MemoryNeeds needs = needs_of(plan, request);
+  needs.driver_bytes = find_traits(options.backend)->driver_bytes;
+  return needs;
 }
 
 struct Engine::Parts {
@@ -219,13 +242,8 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
          path.string(), file.packed()->source_name());
   }
   auto parts = std::make_unique<Parts>(std::move(file));
-  const SizeRequest request{.kv = kv_options(options),
-                            .alternatives = kv_choices(parts->plan, options),
-                            .context = options.context,
-                            .sessions = options.sessions,
-                            .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch,
-                            .snapshots = options.snapshots.value_or(kMaxSnapshots),
-                            .advice = kind.memory_advice};
+  SizeRequest request = size_request(parts->plan, options);
+  request.advice = kind.memory_advice;
   Size size = fit(parts->plan, request, kind.free_bytes(parts->plan, weights, options.device));
   parts->backend = kind.make(parts->plan,
                              {.kv = request.kv,
@@ -237,7 +255,8 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
                              progress);
   parts->scheduler.emplace(*parts->backend, Scheduler::Limits{.vocabulary = parts->plan.vocabulary,
                                                               .context = size.context,
-                                                              .ubatch = request.ubatch});
+                                                              .ubatch = request.ubatch,
+                                                              .snapshots = size.snapshots});
   return std::unique_ptr<Engine>(new Engine(std::move(parts)));
 }
 

@@ -24,6 +24,9 @@ class Session;
 
 inline constexpr uint32_t kDefaultUbatch = 512;
 
+// The start of a turn and the end of its prompt.
+inline constexpr uint32_t kTurnSnapshots = 2;
+
 struct EngineOptions {
   std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
   std::optional<backend::WeightStorage> weights;  // nullopt: the faster one that the backend has
@@ -37,9 +40,9 @@ struct EngineOptions {
   uint32_t threads = 0;   // 0: one per core
   uint32_t ubatch = 0;    // most tokens of one step; 0: kDefaultUbatch
   uint32_t device = 0;
-  // States of its cache to go back to, of each session, that memory must serve; more are kept only
-  // while memory lasts. nullopt: all that a conversation makes use of.
-  std::optional<uint32_t> snapshots;
+  // States of its cache that each session keeps to go back to (Session::truncate), as far as memory
+  // has room for them; 0 where no session ever goes back.
+  uint32_t snapshots = kTurnSnapshots;
 };
 
 // In which formats a backend, named as in EngineOptions, stores keys and values; its default first.
@@ -50,15 +53,18 @@ backend::KvOptions kv_options(const EngineOptions& options);
 // The same with each format that backend and model allow.
 std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options);
 
-// Bytes that a model needs on a backend, computed without loading it.
+// Bytes that a model needs on a backend once its sessions, with snapshots, have filled their
+// contexts. Cache is taken as they grow, the rest when the model is opened.
 struct MemoryNeeds {
   uint64_t weights_bytes;
-  uint64_t kv_bytes;  // of one session with the whole context filled, its snapshots included
+  uint64_t kv_bytes;
   uint64_t workspace_bytes;
-  uint64_t total() const { return weights_bytes + kv_bytes + workspace_bytes; }
+  uint64_t driver_bytes;  // about what a device's driver takes for itself
+  uint64_t total() const;
 };
-MemoryNeeds memory_needs(const backend::Plan& plan, const backend::KvOptions& kv, uint32_t context,
-                         uint32_t ubatch);
+// Computed without loading or a device; also for a backend that this build has not. Context 0 is
+// the trained one.
+MemoryNeeds memory_needs(const backend::Plan& plan, const EngineOptions& options);
 
 // One model on one device, shared by its sessions, which it must outlive. Not thread-safe, except
 // Session::cancel.

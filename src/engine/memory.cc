@@ -18,12 +18,11 @@ using backend::Plan;
 constexpr uint64_t kUnbounded = std::numeric_limits<uint64_t>::max();
 
 // The most pages that one session and its snapshots refer to at any time.
-uint64_t session_pages(const KvGroup& group, uint32_t context, uint32_t ubatch,
-                       uint32_t snapshots) {
+uint64_t session_pages(const KvGroup& group, const SizeRequest& request) {
   // An unbounded group's snapshot shares all pages with its session but the one that the session
   // has written on since; a window's may share none.
-  const uint64_t snapshot = group.window == 0 ? 1 : group.pages_for(context, 0);
-  return group.pages_for(context, ubatch) + snapshots * snapshot;
+  const uint64_t snapshot = group.window == 0 ? 1 : group.pages_for(request.context, 0);
+  return group.pages_for(request.context, request.ubatch) + request.snapshots * snapshot;
 }
 
 uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
@@ -42,40 +41,29 @@ uint64_t workspace_bytes(const Plan& plan, uint32_t ubatch) {
   return (width * ubatch + plan.vocabulary) * sizeof(float);
 }
 
-// Of one session with its snapshots.
-uint64_t kv_bytes(const Plan& plan, const KvOptions& kv, uint32_t context, uint32_t ubatch,
-                  uint32_t snapshots) {
-  uint64_t bytes = 0;
-  for (const KvGroup& group : make_kv_groups(plan, kv))
-    bytes += session_pages(group, context, ubatch, snapshots) * group.page_bytes;
-  return bytes;
-}
-
-uint64_t bytes_for(const Plan& plan, const KvOptions& kv, uint32_t context,
-                   const SizeRequest& request) {
-  const uint64_t one = kv_bytes(plan, kv, context, request.ubatch, request.snapshots);
-  const auto all_kv = checked_mul(one, request.sessions);
-  const auto all = checked_add(plan.weight_bytes() + workspace_bytes(plan, request.ubatch),
-                               all_kv.value_or(kUnbounded));
-  return all.value_or(kUnbounded);
+uint64_t bytes_for(const Plan& plan, SizeRequest request, uint32_t context, uint32_t snapshots) {
+  request.context = context;
+  request.snapshots = snapshots;
+  return needs_of(plan, request).total();
 }
 
 // 0 when not even one token fits.
-uint32_t largest_context(const Plan& plan, const KvOptions& kv, const SizeRequest& request,
-                         uint64_t free_bytes) {
+uint32_t largest_context(const Plan& plan, SizeRequest request, uint64_t free_bytes) {
   // A sixteenth stays free for the tokenizer, the program itself and the neighbours.
   const uint64_t usable = free_bytes - free_bytes / 16;
   uint32_t low = 0;  // fits, if only as nothing at all
   uint32_t high = plan.trained_context;
   while (low < high) {
     const uint32_t middle = high - (high - low) / 2;
-    if (bytes_for(plan, kv, middle, request) <= usable) {
+    if (bytes_for(plan, request, middle, request.snapshots) <= usable) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  return low;
+  if (low > 0 || request.snapshots == 0) return low;
+  request.snapshots = 0;
+  return largest_context(plan, request, free_bytes);
 }
 
 std::string in_words(uint64_t bytes) {
@@ -83,10 +71,11 @@ std::string in_words(uint64_t bytes) {
 }
 
 // "; what would fit: ..." for an error message.
-std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
+std::string what_would_fit(const Plan& plan, SizeRequest request, uint64_t free_bytes) {
   std::string list;
-  for (const KvOptions& kv : request.alternatives) {
-    const uint32_t context = largest_context(plan, kv, request, free_bytes);
+  for (const KvOptions& kv : std::vector(request.alternatives)) {
+    request.kv = kv;
+    const uint32_t context = largest_context(plan, request, free_bytes);
     if (context == 0) continue;
     list += fmt::format("{}-c {} --kv {}", list.empty() ? "" : ", ", context, to_string(kv.format));
   }
@@ -96,29 +85,41 @@ std::string what_would_fit(const Plan& plan, const SizeRequest& request, uint64_
 
 }  // namespace
 
-MemoryNeeds memory_needs(const Plan& plan, const KvOptions& kv, uint32_t context, uint32_t ubatch) {
+MemoryNeeds needs_of(const Plan& plan, const SizeRequest& request) {
+  uint64_t session_bytes = 0;
+  for (const KvGroup& group : make_kv_groups(plan, request.kv)) {
+    session_bytes += session_pages(group, request) * group.page_bytes;
+  }
   return {.weights_bytes = plan.weight_bytes(),
-          .kv_bytes = kv_bytes(plan, kv, context, ubatch, kMaxSnapshots),
-          .workspace_bytes = workspace_bytes(plan, ubatch)};
+          .kv_bytes = checked_mul(session_bytes, uint64_t{request.sessions}).value_or(kUnbounded),
+          .workspace_bytes = workspace_bytes(plan, request.ubatch),
+          .driver_bytes = 0};
 }
 
-Size fit(const Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
-  uint32_t context = request.context;
-  if (context == 0) context = largest_context(plan, request.kv, request, free_bytes);
-  const uint32_t least = std::max(context, 1u);
-  const uint64_t needed = bytes_for(plan, request.kv, least, request);
-  if (context == 0 || needed > free_bytes) {
+uint64_t MemoryNeeds::total() const {
+  const uint64_t fixed = weights_bytes + workspace_bytes + driver_bytes;
+  return checked_add(fixed, kv_bytes).value_or(kUnbounded);
+}
+
+Size fit(const Plan& plan, SizeRequest request, uint64_t free_bytes) {
+  if (request.context == 0) request.context = largest_context(plan, request, free_bytes);
+  const bool any = request.context != 0;
+  request.context = std::max(request.context, 1u);
+  const uint64_t needed = bytes_for(plan, request, request.context, 0);
+  if (!any || needed > free_bytes) {
     fail(ErrorCode::kOutOfMemory,
          "{} of weights and {} session(s) of {} tokens with {} KV need {} of memory, {} are free; "
          "{}{}",
-         in_words(plan.weight_bytes()), request.sessions, least,
+         in_words(plan.weight_bytes()), request.sessions, request.context,
          describe_kv(make_kv_groups(plan, request.kv)), in_words(needed), in_words(free_bytes),
          what_would_fit(plan, request, free_bytes), request.advice);
   }
-  Size size{.context = context, .max_kv_pages = {}};
+  while (bytes_for(plan, request, request.context, request.snapshots) > free_bytes) {
+    --request.snapshots;
+  }
+  Size size{.context = request.context, .snapshots = request.snapshots, .max_kv_pages = {}};
   for (const KvGroup& group : make_kv_groups(plan, request.kv)) {
-    const uint64_t pages =
-        session_pages(group, context, request.ubatch, request.snapshots) * request.sessions;
+    const uint64_t pages = session_pages(group, request) * request.sessions;
     size.max_kv_pages.push_back(
         static_cast<uint32_t>(std::min<uint64_t>(pages, std::numeric_limits<uint32_t>::max())));
   }

@@ -30,22 +30,37 @@ SizeRequest request(uint32_t context, uint32_t sessions = 1) {
           .alternatives = {KvOptions{}, KvOptions::all(KvFormat::kF32)},
           .context = context,
           .sessions = sessions,
-          .ubatch = 64};
+          .ubatch = 64,
+          .snapshots = 2};
 }
 
 TEST(MemoryNeeds, KvFollowsContextWindowAndFormat) {
   const backend::Plan plan = plan_of(8192);
-  const MemoryNeeds f16 = memory_needs(plan, KvOptions{}, 4096, 64);
+  EngineOptions options;
+  options.backend = "cpu";
+  options.context = 4096;
+  options.ubatch = 64;
+  const MemoryNeeds f16 = memory_needs(plan, options);
   EXPECT_EQ(f16.weights_bytes, 1000u);
   const uint64_t page = 2 * 64 * 32 * 2;
   // Full layer: 128 pages and one for each snapshot; sliding: window, ubatch and a page, and the
   // window and a page for each snapshot.
-  const uint64_t full = 128 + kMaxSnapshots;
-  const uint64_t sliding = (128 + 64 + 32) / 32 + kMaxSnapshots * (128 + 32) / 32;
-  EXPECT_EQ(f16.kv_bytes, page * (full + sliding));
-  EXPECT_EQ(memory_needs(plan, KvOptions::all(KvFormat::kF32), 4096, 64).kv_bytes,
-            2 * f16.kv_bytes);
-  EXPECT_EQ(f16.total(), f16.weights_bytes + f16.kv_bytes + f16.workspace_bytes);
+  const uint64_t full = 128, sliding = (128 + 64 + 32) / 32;
+  const uint64_t snapshot = 1 + (128 + 32) / 32;
+  EXPECT_EQ(f16.kv_bytes, page * (full + sliding + kTurnSnapshots * snapshot));
+  EXPECT_EQ(f16.driver_bytes, 0u);
+  options.snapshots = 0;
+  EXPECT_EQ(memory_needs(plan, options).kv_bytes, page * (full + sliding));
+  options.sessions = 3;
+  EXPECT_EQ(memory_needs(plan, options).kv_bytes, 3 * page * (full + sliding));
+  options.kv_format = KvFormat::kF32;
+  EXPECT_EQ(memory_needs(plan, options).kv_bytes, 6 * page * (full + sliding));
+  options.backend = "cuda";
+  options.kv_format = {};
+  const MemoryNeeds cuda = memory_needs(plan, options);
+  EXPECT_GT(cuda.driver_bytes, 0u);
+  EXPECT_EQ(cuda.total(),
+            cuda.weights_bytes + cuda.kv_bytes + cuda.workspace_bytes + cuda.driver_bytes);
 }
 
 TEST(Fit, TakesTheTrainedContextWhereItFits) {
@@ -59,8 +74,8 @@ TEST(Fit, ElseTheLargestThatFits) {
   const uint64_t free_bytes = 100'000'000;
   const uint32_t context = fit(plan, request(0), free_bytes).context;
   const uint64_t usable = free_bytes - free_bytes / 16;
-  EXPECT_LE(memory_needs(plan, KvOptions{}, context, 64).total(), usable);
-  EXPECT_GT(memory_needs(plan, KvOptions{}, context + 1, 64).total(), usable);
+  EXPECT_LE(needs_of(plan, request(context)).total(), usable);
+  EXPECT_GT(needs_of(plan, request(context + 1)).total(), usable);
   const uint32_t shared = fit(plan, request(0, 10), free_bytes).context;
   EXPECT_LT(shared, context / 9);
 }
@@ -70,6 +85,24 @@ TEST(Fit, PagesServeAllSessions) {
   const Size five = fit(plan_of(8192), request(4096, 5), uint64_t{1} << 40);
   ASSERT_EQ(one.max_kv_pages.size(), 2u);
   for (size_t g = 0; g < 2; ++g) EXPECT_EQ(five.max_kv_pages[g], 5 * one.max_kv_pages[g]);
+}
+
+TEST(Fit, SnapshotsAreGivenUpBeforeContext) {
+  const backend::Plan plan = plan_of(8192);
+  for (uint32_t snapshots = 0; snapshots <= 2; ++snapshots) {
+    SizeRequest with = request(8192);
+    with.snapshots = snapshots;
+    const uint64_t needed = needs_of(plan, with).total();
+    EXPECT_EQ(fit(plan, request(8192), needed).snapshots, snapshots);
+    if (snapshots > 0) {
+      EXPECT_EQ(fit(plan, request(8192), needed - 1).snapshots, snapshots - 1);
+    }
+    uint64_t pages_bytes = 0;
+    const Size size = fit(plan, request(8192), needed);
+    const std::vector<backend::KvGroup> groups = make_kv_groups(plan, {});
+    for (size_t g = 0; g < 2; ++g) pages_bytes += size.max_kv_pages[g] * groups[g].page_bytes;
+    EXPECT_EQ(pages_bytes, needs_of(plan, with).kv_bytes);
+  }
 }
 
 std::string refusal(const backend::Plan& plan, const SizeRequest& request, uint64_t free_bytes) {
@@ -89,7 +122,9 @@ TEST(Fit, RefusalSaysNeededFreeAndWhatWouldFit) {
   large.kv = KvOptions::all(KvFormat::kF32);
   large.advice = "; or a larger machine";
   const std::string message = refusal(plan, large, 100'000'000);
-  const uint64_t needed = memory_needs(plan, KvOptions::all(KvFormat::kF32), 1'000'000, 64).total();
+  SizeRequest least = large;
+  least.snapshots = 0;
+  const uint64_t needed = needs_of(plan, least).total();
   EXPECT_NE(message.find(std::to_string(needed) + " bytes"), std::string::npos) << message;
   EXPECT_NE(message.find("100000000 bytes"), std::string::npos) << message;
   const uint32_t f16 = fit(plan, request(0), 100'000'000).context;

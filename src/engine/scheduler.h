@@ -16,8 +16,9 @@ class Scheduler {
  public:
   struct Limits {
     uint32_t vocabulary;
-    uint32_t context;  // tokens of one session
-    uint32_t ubatch;   // tokens of one step
+    uint32_t context;                     // tokens of one session
+    uint32_t ubatch;                      // tokens of one step
+    uint32_t snapshots = kTurnSnapshots;  // of one session
   };
 
   Scheduler(backend::Backend& backend, const Limits& limits) : backend_(backend), limits_(limits) {}

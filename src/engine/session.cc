@@ -3,7 +3,6 @@
 
 #include "base/error.h"
 #include "engine/engine.h"
-#include "engine/memory.h"
 #include "engine/scheduler.h"
 
 namespace nibble::engine {
@@ -17,7 +16,7 @@ constexpr uint32_t kRewrittenTokens = 16;
 
 Session::Session(Scheduler& scheduler) : scheduler_(scheduler), kv_(scheduler.backend().kv()) {
   sampling_.temperature = 0;
-  snapshots_.reserve(kMaxSnapshots);
+  snapshots_.reserve(scheduler.limits().snapshots);
 }
 
 Session::~Session() {
@@ -158,8 +157,9 @@ void Session::drop_pending() {
 
 void Session::take_snapshot() {
   const bool taken = !snapshots_.empty() && snapshots_.back().length() == kv_.length();
-  if (kv_.length() == 0 || taken) return;
-  if (snapshots_.size() == kMaxSnapshots) snapshots_.erase(snapshots_.begin());
+  const uint32_t most = scheduler_.limits().snapshots;
+  if (kv_.length() == 0 || taken || most == 0) return;
+  if (snapshots_.size() == most) snapshots_.erase(snapshots_.begin());
   snapshots_.push_back(kv_);
   snapshots_.back().truncate(kv_.length());  // lets go of pages that are only prepared
 }

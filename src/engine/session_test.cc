@@ -531,7 +531,8 @@ TEST(KvBudget, SessionsAndTheirSnapshotsNeverNeedMore) {
                               .alternatives = {},
                               .context = 300,
                               .sessions = count,
-                              .ubatch = kUbatch};
+                              .ubatch = kUbatch,
+                              .snapshots = kTurnSnapshots};
     const Size size = fit(fake_plan(), request, uint64_t{1} << 40);
     FakeBackend backend(kUbatch);  // with room for more, to see what is taken
     backend.before_layer = [&](uint32_t) {
@@ -579,7 +580,7 @@ TEST(KvBudget, SnapshotsAreBoundedAndGoFirstWhenPagesRunOut) {
   }
   const backend::KvGroup& windowed = roomy.kv().groups()[0];
   EXPECT_LE(roomy.kv().pages_in_use(0),
-            windowed.pages_for(360, kUbatch) + kMaxSnapshots * windowed.pages_for(360, 0));
+            windowed.pages_for(360, kUbatch) + kTurnSnapshots * windowed.pages_for(360, 0));
 }
 
 TEST(KvBudget, ASessionThatFindsNoPagesFailsAlone) {

@@ -329,9 +329,13 @@ TEST(Inspect, ShowsMetadataTensorsAndMemory) {
   const json::array& memory = result.at("memory").as_array();
   ASSERT_FALSE(memory.empty());
   for (const json::value& row : memory) {
-    EXPECT_EQ(
-        number(row, "/total_bytes"),
-        number(row, "/weights_bytes") + number(row, "/kv_bytes") + number(row, "/workspace_bytes"));
+    double total = 0;
+    for (const char* part : {"weights", "kv", "workspace", "driver"})
+      total += number(row, fmt::format("/{}_bytes", part));
+    EXPECT_EQ(number(row, "/total_bytes"), total);
+    const bool cuda = row.at("backend") == "cuda";
+    EXPECT_EQ(number(row, "/driver_bytes") > 0, cuda);
+    EXPECT_EQ(row.as_object().contains("smallest_card_gb"), cuda);
   }
 }
 

@@ -203,8 +203,7 @@ TEST_F(MicroSession, SameSeedSameText) {
 }
 
 TEST_F(MicroSession, KvMemoryStaysWithinWhatWasComputed) {
-  const uint64_t most =
-      3 * engine::memory_needs(engine_->plan(), kv_options(options()), 512, 48).kv_bytes;
+  const uint64_t most = engine::memory_needs(engine_->plan(), options()).kv_bytes;
   std::vector<std::unique_ptr<Session>> sessions;
   for (int i = 0; i < 3; ++i) sessions.push_back(engine_->new_session());
   for (const size_t length : {140, 300, 512}) {
