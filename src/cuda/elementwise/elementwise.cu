@@ -8,6 +8,11 @@ namespace nibble::cuda {
 namespace {
 
 constexpr int kManyTiles = 4;  // pieces that a lane holds of a wide row
+// Of more rows than this each one is a block's own, whose lanes hold kTilesOfMany pieces: a cluster
+// is through a row sooner, but has less of it on the way (docs/measurements/prefill.md).
+constexpr uint32_t kMostClusterRows = 128;
+constexpr int kTilesOfMany = 2;
+constexpr uint32_t kGeluWarps = 4;  // of a block that is one of many
 constexpr uint32_t kSumThreads = 256;
 // A sum of squares this much smaller than its parts has lost 3 of its 24 bits to their difference.
 constexpr float kCancelled = 1.0f / 8;
@@ -50,19 +55,27 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const ClusterPlace place;
   const uint32_t row = blockIdx.x / place.blocks, width = args.width;
   ptx::launch_dependents();
-  const auto post_weight =
-      load_weights<kTiles>(place, args.has_post_norm ? args.post_norm : DeviceNorm{}, width);
-  const auto next_weight = load_weights<kTiles>(place, args.next_norm, width);
+  // Lanes that hold much of a row have no registers for weights that they don't need yet.
+  constexpr bool kWeightsFirst = kTiles == 1;
+  const DeviceNorm post_norm = args.has_post_norm ? args.post_norm : DeviceNorm{};
+  Row<kTiles> post_weight, next_weight;
+  if (kWeightsFirst) {
+    post_weight = load_weights<kTiles>(place, post_norm, width);
+    next_weight = load_weights<kTiles>(place, args.next_norm, width);
+  }
   cluster_sync(place);
   ptx::wait_for_dependencies();
 
   float* const residual = args.residual + uint64_t(row) * width;
   const float scale = args.scales[row];
   Row<kTiles> x, old;
-  RowFacts<4, 0> own = {};
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     load_piece(residual, column, width, old.values[i]);
     load_sums(args.sums, scale, row, 0, column, width, x.values[i]);
+  });
+  RowFacts<4, 0> own = {};
+  for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
+    if (!kWeightsFirst) load_weight(post_norm, column, width, post_weight.values[i]);
 #pragma unroll
     for (uint32_t j = 0; j < kLaneValues; ++j) {
       float& value = x.values[i][j];
@@ -73,6 +86,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
       own.values[3] += value * old.values[i][j];
     }
   });
+  if (!kWeightsFirst) next_weight = load_weights<kTiles>(place, args.next_norm, width);
   // The squares of the new residual follow from these: a second exchange would take as long again.
   const auto [product, weighted, before, both] = reduce_row(place, own, shared).values;
   const float factor =
@@ -120,12 +134,13 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 }
 
 // A warp has a tile of a row.
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kGeluWarps* kLanes)
     gated_gelu_kernel(const __grid_constant__ GatedArgs args) {
   ptx::launch_dependents();
   ptx::wait_for_dependencies();
   const uint32_t row = blockIdx.y, width = args.width;
-  const uint32_t column = blockIdx.x * kTileColumns + threadIdx.x * kLaneValues;
+  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kLaneValues;
+  if (column / kTileColumns >= args.gated.rows.column_tiles) return;
   const float scale = args.scales[row], gated_scale = *args.gated_scale;
   float gate[kLaneValues], up[kLaneValues];
   load_sums(args.sums, scale, row, 0, column, width, gate);
@@ -190,6 +205,11 @@ void launch_embed(cudaStream_t stream, const EmbedArgs& args) {
 }
 
 void launch_update(cudaStream_t stream, const UpdateArgs& args) {
+  const uint32_t rows = args.sums.rows;
+  const uint32_t warps = (tiles_of(args.width) + kTilesOfMany - 1) / kTilesOfMany;
+  if (rows > kMostClusterRows && warps <= kMostWarps)
+    return launch_dependent_clusters(stream, update_kernel<kTilesOfMany>, rows, 1, warps * kLanes,
+                                     args);
   launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args.sums.rows, args.width,
               args);
 }
@@ -200,8 +220,9 @@ void launch_norm(cudaStream_t stream, const NormArgs& args) {
 }
 
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {
-  launch_dependent(stream, gated_gelu_kernel, dim3(tiles_of(args.width), args.sums.rows), kLanes, 0,
-                   args);
+  const uint32_t rows = args.sums.rows, warps = rows > kMostRows ? kGeluWarps : 1;
+  const uint32_t blocks = (tiles_of(args.width) + warps - 1) / warps;
+  launch_dependent(stream, gated_gelu_kernel, dim3(blocks, rows), warps * kLanes, 0, args);
 }
 
 void launch_sum(cudaStream_t stream, const SumArgs& args) {

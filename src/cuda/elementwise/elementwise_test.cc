@@ -115,8 +115,8 @@ struct Shape {
   uint32_t rows, width;
 };
 // One row to many, rows of less than a tile, of no whole tiles, of all warps and of more.
-constexpr Shape kShapes[] = {{1, 5376}, {8, 256},  {3, 100}, {2, 515},
-                             {13, 288}, {1, 8192}, {2, 9000}};
+constexpr Shape kShapes[] = {{1, 5376}, {8, 256},  {3, 100},    {2, 515}, {13, 288},
+                             {1, 8192}, {2, 9000}, {129, 1100}, {130, 97}};
 
 TEST_F(Elementwise, UpdateAddsTheNormedProductAndNormsTheResult) {
   for (const auto& [rows, width] : kShapes) {
@@ -243,7 +243,8 @@ TEST_F(Elementwise, ValuesBeyondF16AreScaledAndNotLost) {
 
 TEST_F(Elementwise, GatedGelu) {
   for (const float size : {1.0f, 3e3f}) {  // values far beyond f16's range, too
-    for (const auto& [rows, width] : {Shape{1, 21504}, {8, 512}, {3, 100}, {11, 2056}, {1, 9000}}) {
+    for (const auto& [rows, width] :
+         {Shape{1, 21504}, {8, 512}, {3, 100}, {11, 2056}, {1, 9000}, {33, 1100}}) {
       SCOPED_TRACE(testing::Message() << rows << " x " << width << ", size " << size);
       constexpr uint32_t kParts = 2;
       const auto parts = normal(size_t(kParts) * rows * 2 * width, size);
