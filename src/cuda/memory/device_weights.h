@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "backend/plan.h"
@@ -42,7 +43,7 @@ class DeviceWeights {
                 const Progress& progress);
 
   const DeviceMatrix& matrix(backend::WeightId id) const { return matrices_[id.value]; }
-  uint64_t bytes() const { return memory_.size(); }
+  std::span<const std::byte> memory() const { return {memory_.data(), memory_.size()}; }
 
  private:
   DeviceArray<std::byte> memory_;

@@ -93,7 +93,7 @@ TEST_P(StoredWeights, HaveEveryTypesValuesAndShareWhatIsTheSame) {
     total = of;
   });
   EXPECT_EQ(last, total);
-  EXPECT_EQ(weights.bytes(), stored_bytes(plan, GetParam()));
+  EXPECT_EQ(weights.memory().size(), stored_bytes(plan, GetParam()));
   const DeviceMatrix& first = weights.matrix({uint32_t(n)});
   EXPECT_EQ(first.parts[0].rows[0].data, weights.matrix({uint32_t(n + 1)}).parts[0].rows[0].data);
   EXPECT_EQ(first.parts.size(), 2u);  // two runs of Q6_K, one of them beside the one of Q4_K
@@ -144,7 +144,7 @@ TEST(DeviceWeights, TakePackedTilesAsTheyAre) {
   }
   const DeviceWeights from_file(plan, WeightStorage::kPacked, {}),
       from_packed(packed, WeightStorage::kPacked, {});
-  EXPECT_EQ(from_packed.bytes(), from_file.bytes());
+  EXPECT_EQ(from_packed.memory().size(), from_file.memory().size());
   for (uint32_t i = 0; i < plan.weights.size(); ++i)
     EXPECT_EQ(unpacked(from_packed.matrix({i})), unpacked(from_file.matrix({i}))) << i;
 }

@@ -6,7 +6,7 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr uint64_t kMostBytes = uint64_t{2} << 30;
+constexpr uint64_t kBytes = uint64_t{2} << 30;
 constexpr uint32_t kThreads = 512, kBlocksPerMultiprocessor = 4, kUnroll = 8;
 constexpr int kPasses = 8;
 
@@ -27,24 +27,27 @@ __global__ void read_kernel(const uint4* words, uint64_t count, uint32_t* never)
 
 }  // namespace
 
-double measure_read_bandwidth(cudaStream_t stream) {
-  size_t free, total;
-  NIBBLE_CUDA(cudaMemGetInfo(&free, &total));
+double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> memory) {
   const uint32_t blocks = device_shape().multiprocessors * kBlocksPerMultiprocessor;
-  const uint64_t round = uint64_t(blocks) * kThreads * kUnroll;  // words
-  const uint64_t count =
-      std::max<uint64_t>(1, std::min<uint64_t>(kMostBytes, free / 2) / sizeof(uint4) / round) *
-      round;
-  const DeviceArray<uint4> words(count);
+  const uint64_t round_bytes = uint64_t(blocks) * kThreads * kUnroll * sizeof(uint4);
+  DeviceArray<std::byte> buffer;
+  if (memory.size() < kBytes) {
+    size_t free, total;
+    NIBBLE_CUDA(cudaMemGetInfo(&free, &total));
+    buffer = DeviceArray<std::byte>(std::max(round_bytes, std::min<uint64_t>(kBytes, free / 2)));
+    NIBBLE_CUDA(cudaMemsetAsync(buffer.data(), 1, buffer.size(), stream));
+    memory = {buffer.data(), buffer.size()};
+  }
+  const uint64_t bytes = memory.size() / round_bytes * round_bytes;
+  const auto* const words = reinterpret_cast<const uint4*>(memory.data());
   const DeviceArray<uint32_t> never(1);
-  NIBBLE_CUDA(cudaMemsetAsync(words.data(), 1, count * sizeof(uint4), stream));
   cudaEvent_t begin, end;
   NIBBLE_CUDA(cudaEventCreate(&begin));
   NIBBLE_CUDA(cudaEventCreate(&end));
   float best_ms = 1e9f;
   for (int pass = 0; pass < kPasses; ++pass) {
     NIBBLE_CUDA(cudaEventRecord(begin, stream));
-    read_kernel<<<blocks, kThreads, 0, stream>>>(words.data(), count, never.data());
+    read_kernel<<<blocks, kThreads, 0, stream>>>(words, bytes / sizeof(uint4), never.data());
     NIBBLE_CUDA(cudaEventRecord(end, stream));
     NIBBLE_CUDA(cudaEventSynchronize(end));
     float ms;
@@ -53,7 +56,7 @@ double measure_read_bandwidth(cudaStream_t stream) {
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  return double(count * sizeof(uint4)) / (best_ms * 1e-3);
+  return double(bytes) / (best_ms * 1e-3);
 }
 
 }  // namespace nibble::cuda

@@ -2,10 +2,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <span>
+
 namespace nibble::cuda {
 
 // Bytes per second that a kernel with nothing else to do reads from device memory: the best of
-// several passes over a buffer much larger than the caches, or over what memory is left.
-double measure_read_bandwidth(cudaStream_t stream);
+// several passes over `memory`, which lies there, or, where that would fit into caches, over a
+// buffer of 2 GiB or half of what is free.
+double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> memory);
 
 }  // namespace nibble::cuda
