@@ -411,7 +411,7 @@ class Step {
   void between(cudaStream_t stream, uint32_t clusters, uint32_t cluster_blocks, uint32_t threads,
                uint32_t count, uint32_t bytes, const char* memory, uint32_t out) {
     launch_dependent_clusters(
-        stream, between_kernel, clusters, cluster_blocks, threads,
+        stream, between_kernel, clusters, cluster_blocks, threads, 0,
         BetweenArgs{output_, parts_, count, reinterpret_cast<const uint4*>(memory), bytes,
                     activations_.device_values, out});
     bytes_ += bytes;

@@ -6,6 +6,8 @@
 
 namespace nibble {
 
+inline constexpr float kLargestHalf = 65504;  // of binary16's finite values
+
 // IEEE 754 binary16 -> float32, exact; NaN payloads keep their bits.
 inline float f16_to_f32(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16;

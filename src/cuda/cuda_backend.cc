@@ -29,7 +29,6 @@ namespace {
 
 using namespace backend;
 
-constexpr float kLargestHalf = 65504;
 // Decode steps of up to so many rows are captured: more take so long that starting their kernels
 // one by one costs nothing.
 constexpr uint32_t kMostGraphRows = 64;

@@ -24,33 +24,17 @@ inline MatrixUnit device_matrix_unit() {
   return matrix_unit_of(kernel_architecture());
 }
 
-// Starts a kernel that may begin before the one in front of it ends, where there is such a thing:
-// it must wait_for_dependencies() before it reads or writes what others touch.
-template <class... Parameters, class... Arguments>
-void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks,
-                      uint32_t threads, uint32_t shared_bytes, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = kernel_architecture() >= 90;
-  NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
-
 // Clusters of blocks and starting early are both of compute capability 9.0 and above.
 inline bool has_clusters() {
   return kernel_architecture() >= 90;
 }
 
-// The same in `clusters` clusters of `blocks` blocks each; without clusters `blocks` must be 1.
+// Starts a kernel that may begin before the one in front of it ends, where there is such a thing:
+// it must wait_for_dependencies() before it reads or writes what others touch. In `clusters`
+// clusters of `blocks` blocks each; without clusters `blocks` must be 1.
 template <class... Parameters, class... Arguments>
-void launch_dependent_clusters(cudaStream_t stream, void (*kernel)(Parameters...),
-                               uint32_t clusters, uint32_t blocks, uint32_t threads,
+void launch_dependent_clusters(cudaStream_t stream, void (*kernel)(Parameters...), dim3 clusters,
+                               uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
                                const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -58,12 +42,20 @@ void launch_dependent_clusters(cudaStream_t stream, void (*kernel)(Parameters...
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {blocks, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = clusters * blocks;
+  config.gridDim = {clusters.x * blocks, clusters.y, clusters.z};
   config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = blocks > 1 ? 2 : kernel_architecture() >= 90;
+  config.numAttrs = blocks > 1 ? 2 : has_clusters();
   NIBBLE_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// The same in blocks by themselves.
+template <class... Parameters, class... Arguments>
+void launch_dependent(cudaStream_t stream, void (*kernel)(Parameters...), dim3 blocks,
+                      uint32_t threads, uint32_t shared_bytes, const Arguments&... arguments) {
+  launch_dependent_clusters(stream, kernel, blocks, 1, threads, shared_bytes, arguments...);
 }
 
 }  // namespace nibble::cuda

@@ -119,8 +119,8 @@ struct BackendTraits {
 const BackendTraits* find_traits(std::string_view backend) {
   using enum backend::KvFormat;
   static const BackendTraits traits[] = {
-      // 0.52 to 0.64 GB were measured: docs/measurements/memory.md.
-      {"cuda", {kF16}, false, 600'000'000},
+      // 0.34 to 0.35 GB were measured: docs/measurements/memory.md.
+      {"cuda", {kF16}, false, 350'000'000},
       {"cpu", {kF16, kQ8, kTq4, kF32}, true},
       {"reference", {kF32, kF16, kQ8, kTq4}, true},
   };

@@ -42,7 +42,7 @@ std::string contents(std::FILE* file) {
     ::setenv("ASAN_OPTIONS", "hard_rss_limit_mb=6144:allocator_may_return_null=0", 1);
   } else {
     const rlimit limit{kMemoryLimitBytes, kMemoryLimitBytes};
-    ::setrlimit(RLIMIT_AS, &limit);
+    ::setrlimit(RLIMIT_DATA, &limit);  // GPU drivers reserve addresses without end
   }
   ::execv(arguments[0], arguments.data());
   ::_exit(127);

@@ -32,8 +32,8 @@ struct Outcome {
 };
 
 // Runs `command` with `input` on stdin and waits for it, at most `seconds` (six times as long under
-// sanitizers), with at most kMemoryLimitBytes of address space (of resident memory under
-// sanitizers).
+// sanitizers), with at most kMemoryLimitBytes of memory of its own (of resident memory
+// under sanitizers).
 Outcome run_program(const std::vector<std::string>& command, std::string_view input = {},
                     double seconds = 120);
 

@@ -208,6 +208,7 @@ class PrefillWgmmaBlock {
         }
         ptx::wgmma_wait<0>();
         release(&values_free_[previous(place)]);
+        __syncwarp();  // all lanes have read the factors
         if (lane_ == 0) ptx::barrier_arrive(&weights_free_[step % 2]);
         step += Shape::kQueryTiles;
       }

@@ -191,7 +191,7 @@ void launch_rows(cudaStream_t stream, Kernel narrow, Kernel wide, uint32_t rows,
                  const Args& args) {
   const RowLaunch launch = choose_row_launch(width);
   launch_dependent_clusters(stream, launch.wide ? wide : narrow, rows, launch.blocks,
-                            launch.threads, args);
+                            launch.threads, 0, args);
 }
 
 }  // namespace

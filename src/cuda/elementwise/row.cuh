@@ -15,7 +15,6 @@ namespace nibble::cuda {
 
 inline constexpr uint32_t kLaneValues = 8;
 inline constexpr uint32_t kMostWarps = 32;
-inline constexpr float kLargestHalf = 65504;
 
 // Most blocks of a cluster, which every device with clusters has.
 inline constexpr uint32_t kMostBlocks = 8;

@@ -16,8 +16,6 @@ using backend::WeightSegment;
 using backend::WeightStorage;
 using quant::QuantType;
 
-constexpr float kLargestHalf = 65504;
-
 std::vector<Run> runs_of(const Weight& weight) {
   std::vector<Run> runs;
   uint32_t row = 0;
@@ -100,9 +98,9 @@ void read_blocks(const WeightSegment& segment, uint32_t columns, uint32_t first_
     for (const float value : values) {
       if (std::abs(value) > kLargestHalf) {
         fail(ErrorCode::kUnsupported,
-             "{}: weight {} is beyond what f16 holds (65504), which this GPU's kernels compute in; "
+             "{}: weight {} is beyond what f16 holds ({}), which this GPU's kernels compute in; "
              "use --backend cpu",
-             segment.name, value);
+             segment.name, value, kLargestHalf);
       }
       const uint16_t bits = f32_to_f16(value);
       std::memcpy(to, &bits, sizeof bits);

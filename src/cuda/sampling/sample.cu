@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 
 void launch_sample(cudaStream_t stream, const SampleArgs& args) {
   launch_dependent_clusters(stream, sample_kernel, args.count, has_clusters() ? kMostBlocks : 1,
-                            kThreads, args);
+                            kThreads, 0, args);
 }
 
 }  // namespace nibble::cuda
