@@ -208,8 +208,7 @@ void launch_update(cudaStream_t stream, const UpdateArgs& args) {
   const uint32_t rows = args.sums.rows;
   const uint32_t warps = (tiles_of(args.width) + kTilesOfMany - 1) / kTilesOfMany;
   if (rows > kMostClusterRows && warps <= kMostWarps)
-    return launch_dependent_clusters(stream, update_kernel<kTilesOfMany>, rows, 1, warps * kLanes,
-                                     args);
+    return launch_dependent(stream, update_kernel<kTilesOfMany>, rows, warps * kLanes, 0, args);
   launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args.sums.rows, args.width,
               args);
 }
