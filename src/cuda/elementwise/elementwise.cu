@@ -160,16 +160,15 @@ __global__ void __launch_bounds__(kGeluWarps* kLanes)
 __global__ void sum_kernel(const __grid_constant__ SumArgs args) {
   ptx::launch_dependents();
   ptx::wait_for_dependencies();
-  const uint32_t column = (blockIdx.x * kSumThreads + threadIdx.x) * kLaneValues;
-  const uint32_t row = blockIdx.y;
+  const uint32_t column = blockIdx.x * kSumThreads + threadIdx.x, row = blockIdx.y;
   if (column >= args.width) return;
-  float values[kLaneValues];
-  load_sums(args.sums, args.scales[row], row, 0, column, args.width, values);
-  if (args.softcap != 0) {
-#pragma unroll
-    for (float& value : values) value = args.softcap * tanhf(value / args.softcap);
-  }
-  store_piece(args.out + uint64_t(row) * args.width, column, args.width, values);
+  const float* const from = args.sums.values + uint64_t(row) * args.sums.stride + column;
+  const uint64_t part_stride = uint64_t(args.sums.rows) * args.sums.stride;
+  float sum = 0;
+  for (uint32_t part = 0; part < args.sums.parts; ++part) sum += from[part * part_stride];
+  sum *= args.scales[row];
+  if (args.softcap != 0) sum = args.softcap * tanhf(sum / args.softcap);
+  args.out[uint64_t(row) * args.width + column] = sum;
 }
 
 // How a row of `width` columns is shared.
@@ -219,14 +218,14 @@ void launch_norm(cudaStream_t stream, const NormArgs& args) {
 }
 
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {
+  check_row_width(args.width, args.width);
   const uint32_t rows = args.sums.rows, warps = rows > kMostRows ? kGeluWarps : 1;
   const uint32_t blocks = (tiles_of(args.width) + warps - 1) / warps;
   launch_dependent(stream, gated_gelu_kernel, dim3(blocks, rows), warps * kLanes, 0, args);
 }
 
 void launch_sum(cudaStream_t stream, const SumArgs& args) {
-  const uint32_t columns_per_block = kSumThreads * kLaneValues;
-  const uint32_t blocks = (args.width + columns_per_block - 1) / columns_per_block;
+  const uint32_t blocks = (args.width + kSumThreads - 1) / kSumThreads;
   launch_dependent(stream, sum_kernel, dim3(blocks, args.sums.rows), kSumThreads, 0, args);
 }
 

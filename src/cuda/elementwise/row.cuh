@@ -13,7 +13,6 @@
 
 namespace nibble::cuda {
 
-inline constexpr uint32_t kLaneValues = 8;
 inline constexpr uint32_t kMostWarps = 32;
 
 // Most blocks of a cluster, which every device with clusters has.
@@ -73,30 +72,21 @@ __device__ __forceinline__ void for_each_piece(const ClusterPlace& place, uint32
 // values = row[column, column + 8), zero from `width` on.
 __device__ __forceinline__ void load_piece(const float* row, uint32_t column, uint32_t width,
                                            float (&values)[kLaneValues]) {
-  const float* const from = row + column;
-  if (column + kLaneValues <= width && reinterpret_cast<uint64_t>(from) % sizeof(float4) == 0) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0];
-    const float4 high = reinterpret_cast<const float4*>(from)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < kLaneValues; ++i) values[i] = column + i < width ? from[i] : 0.0f;
+  float4 low = {}, high = {};
+  if (column < width) {
+    low = reinterpret_cast<const float4*>(row + column)[0];
+    high = reinterpret_cast<const float4*>(row + column)[1];
   }
+  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
 __device__ __forceinline__ void store_piece(float* row, uint32_t column, uint32_t width,
                                             const float (&values)[kLaneValues]) {
-  float* const to = row + column;
-  if (column + kLaneValues <= width && reinterpret_cast<uint64_t>(to) % sizeof(float4) == 0) {
-    reinterpret_cast<float4*>(to)[0] = {values[0], values[1], values[2], values[3]};
-    reinterpret_cast<float4*>(to)[1] = {values[4], values[5], values[6], values[7]};
-  } else {
-#pragma unroll
-    for (uint32_t i = 0; i < kLaneValues; ++i) {
-      if (column + i < width) to[i] = values[i];
-    }
-  }
+  if (column >= width) return;
+  float4* const to = reinterpret_cast<float4*>(row + column);
+  to[0] = {values[0], values[1], values[2], values[3]};
+  to[1] = {values[4], values[5], values[6], values[7]};
 }
 
 // The sum of the parts of columns [column, column + 8) of a row, times its scale; zero from
@@ -106,20 +96,25 @@ __device__ __forceinline__ void load_sums(const Sums& sums, float scale, uint32_
                                           float (&values)[kLaneValues]) {
   const float* from = sums.values + uint64_t(row) * sums.stride + offset;
   const uint64_t part_stride = uint64_t(sums.rows) * sums.stride;
-#pragma unroll
-  for (float& value : values) value = 0;
-  constexpr uint32_t kTogether = 4;  // in flight
-  for (uint32_t part = 0; part < sums.parts; part += kTogether) {
+  // So many parts are in flight: two is what a decode step's matrices mostly leave.
+  const auto add_parts = [&]<uint32_t kTogether>() {
     float pieces[kTogether][kLaneValues] = {};
 #pragma unroll
-    for (uint32_t i = 0; i < kTogether; ++i) {
-      if (part + i < sums.parts) load_piece(from + i * part_stride, column, width, pieces[i]);
-    }
+    for (uint32_t i = 0; i < kTogether; ++i)
+      load_piece(from + i * part_stride, column, width, pieces[i]);
 #pragma unroll
-    for (uint32_t i = 0; i < kLaneValues; ++i)
-      values[i] += (pieces[0][i] + pieces[1][i]) + (pieces[2][i] + pieces[3][i]);
+    for (uint32_t i = 0; i < kTogether; ++i) {
+#pragma unroll
+      for (uint32_t j = 0; j < kLaneValues; ++j) values[j] += pieces[i][j];
+    }
     from += kTogether * part_stride;
-  }
+  };
+#pragma unroll
+  for (float& value : values) value = 0;
+  uint32_t parts = sums.parts;
+  for (; parts >= 4; parts -= 4) add_parts.template operator()<4>();
+  if (parts & 2) add_parts.template operator()<2>();
+  if (parts & 1) add_parts.template operator()<1>();
 #pragma unroll
   for (float& value : values) value *= scale;
 }

@@ -4,9 +4,15 @@
 namespace nibble::cuda {
 
 void check_row_width(uint32_t width, uint32_t most) {
-  if (width <= most) return;
-  fail(ErrorCode::kUnsupported, "rows of {} values are too wide for this backend, which takes {}",
-       width, most);
+  if (width > most) {
+    fail(ErrorCode::kUnsupported, "rows of {} values are too wide for this backend, which takes {}",
+         width, most);
+  }
+  if (width % kLaneValues != 0) {
+    fail(ErrorCode::kUnsupported,
+         "rows of {} values: CUDA has kernels for multiples of {}; use --backend cpu", width,
+         kLaneValues);
+  }
 }
 
 }  // namespace nibble::cuda
