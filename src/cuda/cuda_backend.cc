@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <optional>
 #include <utility>
@@ -15,6 +14,7 @@
 #include "base/error.h"
 #include "cuda/attention/attention.h"
 #include "cuda/elementwise/elementwise.h"
+#include "cuda/handles.h"
 #include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_few_rows.h"
 #include "cuda/linear/launch_many_rows.h"
@@ -35,15 +35,6 @@ constexpr uint32_t kMostGraphRows = 64;
 constexpr size_t kMostGraphs = 64;
 constexpr uint32_t kMostHeadRows = 64;  // logits take a megabyte a row
 
-// A stream that ends with its owner.
-struct Stream {
-  Stream() { NIBBLE_CUDA(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)); }
-  ~Stream() { cudaStreamDestroy(handle); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  cudaStream_t handle = nullptr;
-};
-
 struct Graph {
   explicit Graph(cudaGraph_t captured) {
     const cudaError_t error = cudaGraphInstantiate(&handle, captured, 0);
@@ -55,20 +46,6 @@ struct Graph {
   Graph& operator=(Graph&&) = delete;
   cudaGraphExec_t handle = nullptr;
 };
-
-// Host memory that the device writes to, zero at first.
-struct FreePinned {
-  void operator()(void* memory) const { cudaFreeHost(memory); }
-};
-template <class T>
-using Pinned = std::unique_ptr<T[], FreePinned>;
-template <class T>
-Pinned<T> make_pinned(size_t count) {
-  void* memory;
-  NIBBLE_CUDA(cudaMallocHost(&memory, count * sizeof(T)));
-  std::memset(memory, 0, count * sizeof(T));
-  return Pinned<T>(static_cast<T*>(memory));
-}
 
 // By how much a gated MLP's values are divided more when f16 could not hold them, and when to stop:
 // then f16 holds the largest f32.
@@ -383,6 +360,7 @@ void CudaBackend::reserve_workspace() {
   gated_scales_.assign(plan_.steps.size(), 1);
   device_gated_scales_ = DeviceArray<float>(std::span<const float>(gated_scales_));
   gated_overflows_ = make_pinned<uint32_t>(gated_scales_.size());
+  std::fill_n(gated_overflows_.get(), gated_scales_.size(), 0);
   sampled_ = make_pinned<int32_t>(ubatch);
 }
 

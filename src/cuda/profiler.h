@@ -1,25 +1,21 @@
 #pragma once
 // Time of each kind of kernel, by events around every launch.
 
-#include <cuda_runtime_api.h>
-
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "backend/backend.h"
-#include "cuda/runtime.h"
+#include "cuda/handles.h"
 
 namespace nibble::cuda {
 
 class Profiler {
  public:
-  ~Profiler() { clear(); }
-
   bool on() const { return on_; }
   // Starts anew, or stops.
   void set(bool on) {
-    if (on) clear();
+    if (on) calls_.clear();
     on_ = on;
   }
 
@@ -28,9 +24,10 @@ class Profiler {
   void time(cudaStream_t stream, std::string_view kind, uint64_t bytes, double flops,
             const Launch& launch) {
     if (!on_) return launch();
-    Call call{std::string(kind), bytes, flops, event(stream), nullptr};
+    Call call{std::string(kind), bytes, flops, Event(), Event()};
+    NIBBLE_CUDA(cudaEventRecord(call.begin.handle, stream));
     launch();
-    call.end = event(stream);
+    NIBBLE_CUDA(cudaEventRecord(call.end.handle, stream));
     calls_.push_back(std::move(call));
   }
 
@@ -42,10 +39,8 @@ class Profiler {
     std::string kind;
     uint64_t bytes;
     double flops;
-    cudaEvent_t begin, end;
+    Event begin, end;
   };
-  static cudaEvent_t event(cudaStream_t stream);
-  void clear();
 
   bool on_ = false;
   std::vector<Call> calls_;

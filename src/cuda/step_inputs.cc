@@ -17,12 +17,12 @@ bool StepInputs::send(const backend::Batch& batch, cudaStream_t stream) {
   const bool stays = arrange();
   const auto put = [&](size_t offset, const auto& values) {
     if (!values.empty()) {
-      std::memcpy(host_ + offset, values.data(), values.size() * sizeof(values[0]));
+      std::memcpy(&host_[offset], values.data(), values.size() * sizeof(values[0]));
     }
   };
   put(tokens_, token_list_);
   put(places_, place_list_);
-  uint32_t* const head_rows = reinterpret_cast<uint32_t*>(host_ + head_rows_);
+  uint32_t* const head_rows = reinterpret_cast<uint32_t*>(&host_[head_rows_]);
   for (size_t i = 0; i < head_.size(); ++i) head_rows[i] = head_[i].row;
   // Biases and counts share one list, whose place depends on the shape alone.
   for (DeviceRequest& request : request_lists_.requests)
@@ -31,7 +31,7 @@ bool StepInputs::send(const backend::Batch& batch, cudaStream_t stream) {
   put(lists_, request_lists_.biases);
   put(lists_ + request_lists_.biases.size() * sizeof(TokenBias), request_lists_.seen);
   fill_tables(batch);
-  NIBBLE_CUDA(cudaMemcpyAsync(device_.data(), host_, bytes_, cudaMemcpyHostToDevice, stream));
+  NIBBLE_CUDA(cudaMemcpyAsync(device_.data(), host_.get(), bytes_, cudaMemcpyHostToDevice, stream));
   return stays;
 }
 
@@ -107,15 +107,13 @@ bool StepInputs::arrange() {
   bytes_ = end;
   if (bytes_ <= device_.size()) return true;
   const size_t capacity = std::bit_ceil(std::max(bytes_, size_t{1} << 16));
-  void* host;
-  NIBBLE_CUDA(cudaMallocHost(&host, capacity));
-  cudaFreeHost(std::exchange(host_, static_cast<std::byte*>(host)));
+  host_ = make_pinned<std::byte>(capacity);
   device_ = DeviceArray<std::byte>(capacity);
   return false;
 }
 
 void StepInputs::fill_tables(const backend::Batch& batch) {
-  uint64_t* row = reinterpret_cast<uint64_t*>(host_ + tables_);
+  uint64_t* row = reinterpret_cast<uint64_t*>(&host_[tables_]);
   for (uint32_t group = 0; group < kv_.groups().size(); ++group) {
     for (const BatchSequence& sequence : batch.sequences) {
       const auto& table = sequence.kv->table(group);

@@ -9,6 +9,7 @@
 #include "backend/backend.h"
 #include "cuda/attention/attention.h"
 #include "cuda/device_array.h"
+#include "cuda/handles.h"
 #include "cuda/memory/device_kv_store.h"
 #include "cuda/sampling/sample.h"
 
@@ -39,9 +40,6 @@ class StepInputs {
   // most_head_rows: that go through the head together
   StepInputs(const DeviceKvStore& kv, uint32_t most_head_rows)
       : kv_(kv), most_head_rows_(most_head_rows) {}
-  ~StepInputs() { cudaFreeHost(host_); }
-  StepInputs(const StepInputs&) = delete;
-  StepInputs& operator=(const StepInputs&) = delete;
 
   // Lists the batch's rows and starts the copy. Whether the device buffer is where it was before,
   // so that captured launches may go on reading it.
@@ -87,7 +85,7 @@ class StepInputs {
 
   size_t tokens_ = 0, places_ = 0, head_rows_ = 0, requests_ = 0, tables_ = 0, lists_ = 0;
   size_t bytes_ = 0;
-  std::byte* host_ = nullptr;  // pinned
+  Pinned<std::byte> host_;
   DeviceArray<std::byte> device_;
 };
 

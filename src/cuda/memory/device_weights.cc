@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "base/thread_pool.h"
+#include "cuda/handles.h"
 #include "cuda/layouts/pack.h"
 
 namespace nibble::cuda {
@@ -74,58 +75,43 @@ uint64_t staging_bytes(const backend::Plan& plan) {
 // One thread's way to the device: two buffers, so that one is filled while the other one travels.
 class Lane {
  public:
-  explicit Lane(uint64_t bytes) {
-    NIBBLE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    for (Slot& slot : slots_) {
-      NIBBLE_CUDA(cudaMallocHost(&slot.host, bytes));
-      NIBBLE_CUDA(cudaEventCreateWithFlags(&slot.free, cudaEventDisableTiming));
-      slot.device = DeviceArray<std::byte>(bytes);
-    }
-  }
-  ~Lane() {
-    cudaStreamSynchronize(stream_);
-    for (Slot& slot : slots_) {
-      cudaFreeHost(slot.host);
-      cudaEventDestroy(slot.free);
-    }
-    cudaStreamDestroy(stream_);
-  }
-  Lane(const Lane&) = delete;
-  Lane& operator=(const Lane&) = delete;
+  explicit Lane(uint64_t bytes) : slots_{Slot(bytes), Slot(bytes)} {}
+  ~Lane() { cudaStreamSynchronize(stream_.handle); }
 
   void send(const Chunk& chunk) {
     Slot& slot = slots_[next_];
     next_ ^= 1;
-    NIBBLE_CUDA(cudaEventSynchronize(slot.free));
+    NIBBLE_CUDA(cudaEventSynchronize(slot.free.handle));
     const auto stored = [&](uint32_t rows) {
       return stored_bytes(chunk.layout, rows, chunk.columns, chunk.storage);
     };
     const uint64_t offset = stored(chunk.first_row);
     uint64_t bytes = stored(chunk.rows);
     if (chunk.segment->packed) {
-      std::memcpy(slot.host, &chunk.segment->data[offset], bytes);
+      std::memcpy(slot.host.get(), &chunk.segment->data[offset], bytes);
     } else {
       bytes = chunk.rows * quant::row_bytes(packed_from(chunk.segment->type), chunk.columns);
-      read_blocks(*chunk.segment, chunk.columns, chunk.first_row, chunk.rows,
-                  static_cast<std::byte*>(slot.host));
+      read_blocks(*chunk.segment, chunk.columns, chunk.first_row, chunk.rows, slot.host.get());
     }
     void* const to = chunk.must_pack() ? slot.device.data() : chunk.stored + offset;
-    NIBBLE_CUDA(cudaMemcpyAsync(to, slot.host, bytes, cudaMemcpyHostToDevice, stream_));
+    NIBBLE_CUDA(
+        cudaMemcpyAsync(to, slot.host.get(), bytes, cudaMemcpyHostToDevice, stream_.handle));
     if (chunk.must_pack()) {
-      pack_on_device(stream_, chunk.layout, to, chunk.rows, chunk.columns,
+      pack_on_device(stream_.handle, chunk.layout, to, chunk.rows, chunk.columns,
                      chunk.first_row / kTileRows, chunk.stored);
     }
-    NIBBLE_CUDA(cudaEventRecord(slot.free, stream_));
+    NIBBLE_CUDA(cudaEventRecord(slot.free.handle, stream_.handle));
   }
-  void finish() { NIBBLE_CUDA(cudaStreamSynchronize(stream_)); }
+  void finish() { NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle)); }
 
  private:
   struct Slot {
-    void* host = nullptr;
+    explicit Slot(uint64_t bytes) : host(make_pinned<std::byte>(bytes)), device(bytes) {}
+    Pinned<std::byte> host;
     DeviceArray<std::byte> device;
-    cudaEvent_t free = nullptr;
+    Event free{cudaEventDisableTiming};
   };
-  cudaStream_t stream_ = nullptr;
+  Stream stream_;
   Slot slots_[2];
   uint32_t next_ = 0;
 };

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/device_array.h"
+#include "cuda/handles.h"
 #include "cuda/memory/read_bandwidth.h"
 
 namespace nibble::cuda {
@@ -41,21 +42,17 @@ double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> me
   const uint64_t bytes = memory.size() / round_bytes * round_bytes;
   const auto* const words = reinterpret_cast<const uint4*>(memory.data());
   const DeviceArray<uint32_t> never(1);
-  cudaEvent_t begin, end;
-  NIBBLE_CUDA(cudaEventCreate(&begin));
-  NIBBLE_CUDA(cudaEventCreate(&end));
+  const Event begin, end;
   float best_ms = 1e9f;
   for (int pass = 0; pass < kPasses; ++pass) {
-    NIBBLE_CUDA(cudaEventRecord(begin, stream));
+    NIBBLE_CUDA(cudaEventRecord(begin.handle, stream));
     read_kernel<<<blocks, kThreads, 0, stream>>>(words, bytes / sizeof(uint4), never.data());
-    NIBBLE_CUDA(cudaEventRecord(end, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(end));
+    NIBBLE_CUDA(cudaEventRecord(end.handle, stream));
+    NIBBLE_CUDA(cudaEventSynchronize(end.handle));
     float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin.handle, end.handle));
     best_ms = std::min(best_ms, ms);
   }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
   return double(bytes) / (best_ms * 1e-3);
 }
 
