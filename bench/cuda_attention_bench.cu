@@ -215,9 +215,9 @@ void measure_decode(const Model& model, uint32_t context, uint32_t rows) {
   constexpr uint32_t kMatrices = 12;  // 900 MB
   const Matrices before(Attention::sums_width(model), kHidden, kMatrices);
   const Matrices after(kHidden, shape.query_width(), kMatrices);
-  Attention attention(model, context, rows, 1, before.launch(rows).parts());
+  Attention attention(model, context, rows, 1, before.launch(rows).parts);
   const DeviceArray<float> other_sums(attention.sums_size());
-  const DeviceArray<float> outputs(size_t(after.launch(rows).parts()) * rows * kHidden);
+  const DeviceArray<float> outputs(size_t(after.launch(rows).parts) * rows * kHidden);
   const DeviceArray<uint16_t> normed_values(size_t(rows) * kHidden);
   const DeviceArray<ActivationMeans> normed_means(size_t(rows) * kHidden / kTileColumns);
   NIBBLE_CUDA(cudaMemset(normed_values.data(), 0, normed_values.size() * 2));
