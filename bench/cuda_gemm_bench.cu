@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cuda/device_array.h"
+#include "cuda/elementwise/elementwise.h"
 #include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_many_rows.h"
 
@@ -223,9 +224,10 @@ struct Bench {
   DeviceShape device = device_shape();
   MatrixUnit unit = device_matrix_unit();
 
-  std::string only_name;     // of the matrix; empty: all
-  uint32_t only_tokens = 0;  // 0: all
-  bool tune = false;         // all candidates, not the chosen one
+  std::string only_name;       // of the matrix; empty: all
+  uint32_t only_tokens = 0;    // 0: all
+  bool tune = false;           // all candidates, not the chosen one, each with the sum of its parts
+  std::FILE* table = nullptr;  // measured_choices.inc, while tuning
 
   template <class Layout>
   void measure(const char* name, uint32_t rows, uint32_t columns,
@@ -257,8 +259,11 @@ struct Bench {
       if (tune) {
         launches = many_rows_candidates(device, unit, layout_id<Layout>(), rows, columns, tokens);
       }
+      double best_us = 0;
+      const ManyRowsLaunch* best = nullptr;
       for (const ManyRowsLaunch& launch : launches) {
         const auto [us, error, differences] = measure_launch(matrix, activations, launch, calls);
+        if (!best || us < best_us) best = &launch, best_us = us;
         std::printf(
             "| %-8s | %6u x %-5u | %-4s | %4u | %8.1f | %5.0f | %5.0f | %8.1f | %5.0f | %5.1f %% "
             "| %u x %u, %u a multiprocessor, %u chunks, %u+%u tiles | %.1e%s | %u |\n",
@@ -268,6 +273,12 @@ struct Bench {
             launch.tile_tokens, launch.sharers, launch.column_chunks, launch.whole_tiles,
             launch.tiles() - launch.whole_tiles, error, error < 1e-3 ? "" : " WRONG", differences);
         std::fflush(stdout);
+      }
+      if (table) {
+        std::fprintf(table, "{%u, LayoutId(%u), %u, %u, %u, %u},  // %s, %s: %.1f us\n",
+                     device.multiprocessors, uint32_t(layout_id<Layout>()), rows, columns,
+                     best->sharers, best->column_chunks, name,
+                     std::string(quant::quant_traits(Layout::kSource).name).c_str(), best_us);
       }
     }
   }
@@ -281,6 +292,7 @@ struct Bench {
     const uint64_t size = uint64_t(activations.rows) * matrix.rows;
     const DeviceArray<float> output(launch.column_chunks * size);
     NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));
+    const DeviceArray<float> sum(tune ? size : 0), ones(std::vector<float>(activations.rows, 1));
     const DeviceArray<std::byte> workspace(many_rows_workspace_bytes(device));
     NIBBLE_CUDA(cudaMemset(workspace.data(), 0, workspace.size()));
     ManyRowsArgs args = {{matrix.copy(0), matrix.rows, 0},
@@ -294,6 +306,13 @@ struct Bench {
     const double us = time_calls(calls, [&](cudaStream_t stream) {
       args.weights.data = matrix.copy(call++);
       launch_many_rows(stream, layout_id<Layout>(), args, launch);
+      if (tune) {
+        launch_sum(stream, {{output.data(), launch.column_chunks, activations.rows, matrix.rows},
+                            ones.data(),
+                            matrix.rows,
+                            0,
+                            sum.data()});
+      }
     });
     add_parts<<<1024, 256>>>(output.data(), launch.column_chunks, size);
     const double error = tune ? 0 : relative_error(matrix, pool, output, activations.rows);
@@ -327,7 +346,8 @@ struct Bench {
 
 }  // namespace
 
-// [--tune] [matrix [tokens]]: only these; --tune measures all candidates of the choice
+// [--tune [--table FILE]] [matrix [tokens]]: only these; --tune measures all candidates of the
+// choice, and writes the best ones' table (src/cuda/linear/measured_choices.inc)
 int main(int count, char** arguments) {
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
@@ -338,6 +358,13 @@ int main(int count, char** arguments) {
   if (count > 1 && std::strcmp(arguments[1], "--tune") == 0) {
     bench.tune = true;
     --count, ++arguments;
+    if (count > 2 && std::strcmp(arguments[1], "--table") == 0) {
+      bench.table = std::fopen(arguments[2], "w");
+      if (!bench.table) return std::perror(arguments[2]), 1;
+      std::fprintf(bench.table, "// Measured by cuda_gemm_bench --tune --table on an %s.\n",
+                   properties.name);
+      count -= 2, arguments += 2;
+    }
   }
   if (count > 1) bench.only_name = arguments[1];
   if (count > 2) bench.only_tokens = uint32_t(std::atoi(arguments[2]));
@@ -349,7 +376,7 @@ int main(int count, char** arguments) {
       "| ours / theirs | tiles | error | differences "
       "|\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
   if (bench.tune) {
-    const auto few = {64u};
+    const auto few = {kStreamTokens};
     bench.measure<CudaQ4Tiled>("gate+up", 43008, 5376, few, false);
     bench.measure<CudaQ4Tiled>("down", 5376, 21504, few, false);
     bench.measure<CudaQ6Tiled>("down", 5376, 21504, few, false);
@@ -360,6 +387,7 @@ int main(int count, char** arguments) {
     bench.measure<CudaQ4Tiled>("o slide", 5376, 8192, few, false);
     bench.measure<CudaQ4Tiled>("o full", 5376, 16384, few, false);
     bench.measure<CudaQ6Tiled>("head", 262144, 5376, few, false);
+    if (bench.table) std::fclose(bench.table);
     return 0;
   }
   const auto all = {64u, 128u, 256u, 512u, 1024u, 2048u};

@@ -109,6 +109,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* first,
          (shared_address(first) & 0x3ffff) >> 4;
 }
 inline constexpr uint64_t kDescriptorStep = 32 / 16;  // to the next 16 columns
+// The same in 32 bits: an address does not overflow into what else a descriptor says.
+__device__ __forceinline__ uint64_t skip_columns(uint64_t descriptor, uint32_t steps) {
+  return (descriptor & ~uint64_t{0xffffffff}) |
+         uint32_t(uint32_t(descriptor) + steps * uint32_t(kDescriptorStep));
+}
 
 // Registers written before are visible to the products started after.
 __device__ __forceinline__ void wgmma_fence() {

@@ -132,8 +132,15 @@ TEST_P(CudaBackendTest, GraphsEqualDirectLaunches) {
 TEST_P(CudaBackendTest, DirectWeightsGiveTheSameBits) {
   const auto direct = make(true, WeightStorage::kDirect);
   EXPECT_LE(direct->memory().weights_bytes, backend_->memory().weights_bytes);
-  for (const size_t chunk : {size_t{kUbatch}, size_t{7}, size_t{1}}) {
-    EXPECT_TRUE(prefill_fresh(*direct, tokens_, chunk) == prefill_fresh(*backend_, tokens_, chunk))
+  // Not the logits of more rows than a matrix instruction takes: blocks go through the head so many
+  // at a time.
+  const auto last_logits = [&](Backend& backend, size_t chunk) {
+    KvSequence kv(backend.kv());
+    prefill(backend, kv, tokens_.first(tokens_.size() - 8), chunk);
+    return prefill(backend, kv, tokens_.last(8), 8);
+  };
+  for (const size_t chunk : {size_t{kUbatch}, size_t{20}, size_t{7}, size_t{1}}) {
+    EXPECT_TRUE(last_logits(*direct, chunk) == last_logits(*backend_, chunk))
         << "chunks of " << chunk;
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cuda/layouts/activation_blocks.h"
@@ -53,7 +54,18 @@ std::vector<ManyRowsLaunch> many_rows_candidates(const DeviceShape& device, Matr
                                                  LayoutId layout, uint32_t matrix_rows,
                                                  uint32_t columns, uint32_t rows);
 
-// For a weight [matrix_rows, columns] times `rows` activation rows.
+// The best one for up to kStreamTokens rows of a shape, as measured: the table
+// measured_choices.inc, which `cuda_gemm_bench --tune --table FILE` writes.
+struct MeasuredChoice {
+  uint32_t multiprocessors;
+  LayoutId layout;
+  uint32_t matrix_rows, columns;
+  uint32_t sharers, column_chunks;
+};
+std::span<const MeasuredChoice> measured_choices();
+
+// For a weight [matrix_rows, columns] times `rows` activation rows. What was measured, else what
+// was best for most shapes.
 // in_parts: whether the result may come in several.
 ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, LayoutId layout,
                                 uint32_t matrix_rows, uint32_t columns, uint32_t rows,

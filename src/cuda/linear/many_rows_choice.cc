@@ -59,17 +59,31 @@ std::vector<ManyRowsLaunch> many_rows_candidates(const DeviceShape& device, Matr
   return candidates;
 }
 
+std::span<const MeasuredChoice> measured_choices() {
+  static constexpr MeasuredChoice kChoices[] = {
+#include "cuda/linear/measured_choices.inc"
+  };
+  return kChoices;
+}
+
 ManyRowsLaunch choose_many_rows(const DeviceShape& device, MatrixUnit unit, LayoutId layout,
                                 uint32_t matrix_rows, uint32_t columns, uint32_t rows,
                                 bool in_parts) {
+  const auto measured = [&](const ManyRowsLaunch& launch) {
+    return std::ranges::any_of(measured_choices(), [&](const MeasuredChoice& choice) {
+      return choice.multiprocessors == device.multiprocessors && choice.layout == layout &&
+             choice.matrix_rows == matrix_rows && choice.columns == columns &&
+             choice.sharers == launch.sharers && choice.column_chunks == launch.column_chunks;
+    });
+  };
+  const bool streams = tile_tokens(unit, rows) <= kStreamTokens;
   ManyRowsLaunch best = {};
   for (const ManyRowsLaunch& launch :
        many_rows_candidates(device, unit, layout, matrix_rows, columns, rows)) {
-    if (launch.column_chunks > 1 &&
-        (!in_parts || launch.tiles() > device.multiprocessors * launch.sharers)) {
-      continue;
-    }
-    best = launch;
+    if (launch.column_chunks > 1 && !in_parts) continue;
+    if (streams && measured(launch)) return launch;
+    if (launch.column_chunks == 1 || launch.tiles() <= device.multiprocessors * launch.sharers)
+      best = launch;
   }
   return best;
 }

@@ -16,14 +16,14 @@ struct Case {
       blocks;
 };
 
-TEST(ManyRowsChoice, FollowsTheTable) {
+TEST(ManyRowsChoice, FollowsItsRule) {
   const Case cases[] = {
-      // The 31B model's matrices.
+      // The 31B model's matrices, up to 64 rows of them in a layout that was not measured.
       {LayoutId::kQ4, 43008, 5376, 2048, 1, 1, 256, 128, 2640, 48, 132, 132},
-      {LayoutId::kQ4, 43008, 5376, 64, 2, 1, 128, 64, 0, 336, 264, 264},
+      {LayoutId::kQ5, 43008, 5376, 64, 2, 1, 128, 64, 0, 336, 264, 264},
       {LayoutId::kQ6, 5376, 21504, 1024, 1, 1, 256, 128, 132, 36, 132, 132},
-      {LayoutId::kQ4, 5376, 8192, 40, 2, 4, 128, 64, 0, 168, 264, 264},
-      {LayoutId::kQ6, 5376, 21504, 64, 2, 6, 128, 64, 0, 252, 264, 264},
+      {LayoutId::kQ5, 5376, 8192, 40, 2, 4, 128, 64, 0, 168, 264, 264},
+      {LayoutId::kQ5, 5376, 21504, 64, 2, 6, 128, 64, 0, 252, 264, 264},
       // Tiles of 16-bit weights are half as tall: their bytes would not fit.
       {LayoutId::kF16, 16384, 5376, 512, 1, 1, 128, 128, 396, 116, 132, 132},
       {LayoutId::kF16, 16384, 5376, 33, 1, 1, 128, 64, 0, 128, 132, 132},
@@ -44,6 +44,18 @@ TEST(ManyRowsChoice, FollowsTheTable) {
     EXPECT_EQ(launch.tiles() - launch.whole_tiles, c.shared_tiles);
     EXPECT_EQ(launch.sharing_blocks, c.sharing_blocks);
     EXPECT_EQ(launch.blocks, c.blocks);
+  }
+}
+
+TEST(ManyRowsChoice, TakesWhatWasMeasured) {
+  for (const MeasuredChoice& choice : measured_choices()) {
+    for (const uint32_t rows : {33u, kStreamTokens}) {
+      const ManyRowsLaunch launch =
+          choose_many_rows({choice.multiprocessors, 227 << 10}, MatrixUnit::kWgmma, choice.layout,
+                           choice.matrix_rows, choice.columns, rows, true);
+      EXPECT_EQ(launch.sharers, choice.sharers) << choice.matrix_rows << " x " << choice.columns;
+      EXPECT_EQ(launch.column_chunks, choice.column_chunks);
+    }
   }
 }
 

@@ -37,8 +37,13 @@ struct WgmmaShape {
   static constexpr uint32_t at_most(uint32_t value, uint32_t most) {
     return value < most ? value : most;
   }
-  static constexpr uint32_t kWeightStages = at_most(
-      (kMostSharedBytes - 1024 - 4 * kActivationBytes) / kWeightBytes, kTokens > 64 ? 3 : 5);
+  // Where weights are most of the bytes, as many columns of activations as of weights are on their
+  // way, nearly: both take as long to come.
+  static constexpr uint32_t kLeastActivationStages = at_most(
+      (kMostSharedBytes - 1024 - 2 * kWeightBytes) / kActivationBytes, kTokens > 64 ? 4 : 7);
+  static constexpr uint32_t kWeightStages =
+      at_most((kMostSharedBytes - 1024 - kLeastActivationStages * kActivationBytes) / kWeightBytes,
+              kTokens > 64 ? 3 : 5);
   static constexpr uint32_t kActivationStages =
       at_most((kMostSharedBytes - 1024 - kWeightStages * kWeightBytes) / kActivationBytes, 12);
   static constexpr uint32_t kWeightsAt = kActivationStages * kActivationBytes;
@@ -223,27 +228,23 @@ class WgmmaBlock {
     return warp() / 4 * (4 * Shape::kWarpTiles) + 4 * i + warp() % 4;
   }
 
-  // What a warp holds of its weight tiles: scales of a tile's columns, quants of one half of them.
-  struct Weights {
-    TileScales<Layout> scales[Shape::kWarpTiles];
-    HalfTile<Layout> halves[Shape::kWarpTiles];
-  };
-  __device__ __forceinline__ const Layout* tiles() const {
-    return weights_ + weights_place_.slot * Shape::kRowTiles;
+  // What a warp holds of its weight tiles: scales of a tile's columns, quants of each half of them.
+  using Scales = TileScales<Layout>[Shape::kWarpTiles];
+  using Half = HalfTile<Layout>[Shape::kWarpTiles];
+  __device__ __forceinline__ const Layout& tile(uint32_t i) const {
+    return weights_[weights_place_.slot * Shape::kRowTiles + row_tile(i)];
   }
-  __device__ __forceinline__ void load_scales_and_first_half(Weights& weights) {
+  __device__ __forceinline__ void load_scales_and_first_half(Scales& scales, Half& half) {
     ptx::barrier_wait(&weights_full_[weights_place_.slot], weights_place_.round);
 #pragma unroll
     for (int i = 0; i < Shape::kWarpTiles; ++i) {
-      const Layout& tile = tiles()[row_tile(i)];
-      weights.scales[i].load(tile, lane());
-      weights.halves[i].load(tile, lane(), 0);
+      scales[i].load(tile(i), lane());
+      half[i].load(tile(i), lane(), 0);
     }
   }
-  __device__ __forceinline__ void load_second_half(Weights& weights) {
+  __device__ __forceinline__ void load_second_half(Half& half) {
 #pragma unroll
-    for (int i = 0; i < Shape::kWarpTiles; ++i)
-      weights.halves[i].load(tiles()[row_tile(i)], lane(), 1);
+    for (int i = 0; i < Shape::kWarpTiles; ++i) half[i].load(tile(i), lane(), 1);
     ptx::finish_shared_reads();
     __syncwarp();
     release(&weights_free_[weights_place_.slot]);
@@ -255,10 +256,12 @@ class WgmmaBlock {
 
   // Weights are loaded half a tile ahead and finished one instruction ahead.
   __device__ __forceinline__ void multiply(const Segment& segment, Sums& sums) {
+    constexpr int kNone = -1;
+    int done = kNone;  // the activations that instructions in flight were the last to read
     __half2 left[2][Shape::kWarpTiles][4];
-    uint64_t* done = nullptr;  // the activations that instructions in flight were the last to read
-    Weights now, next;
-    load_scales_and_first_half(now);
+    Scales scales, next_scales;
+    Half halves[2];
+    load_scales_and_first_half(scales, halves[0]);
 #pragma unroll 1
     for (uint32_t column = segment.begin; column < segment.end; ++column) {
 #pragma unroll
@@ -272,32 +275,30 @@ class WgmmaBlock {
           for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int j = 0; j < Shape::kWarpTiles; ++j) {
-              now.halves[j].weights(now.scales[j], group, 2 * block + i / 2, i % 2, left[i % 2][j]);
+              halves[group][j].weights(scales[j], group, 2 * block + i / 2, i % 2, left[i % 2][j]);
             }
             ptx::wgmma_fence();
 #pragma unroll
             for (int j = 0; j < Shape::kWarpTiles; ++j)
-              ptx::wgmma<kTokens>(sums[j], left[i % 2][j], right + i * ptx::kDescriptorStep);
+              ptx::wgmma<kTokens>(sums[j], left[i % 2][j], ptx::skip_columns(right, i));
             ptx::wgmma_commit();
             if (block == 1 && i == 0) {
-              if (group == 0) load_second_half(next);
-              if (group == 1 && column + 1 < segment.end) load_scales_and_first_half(next);
+              if (group == 0) load_second_half(halves[1]);
+              if (group == 1 && column + 1 < segment.end)
+                load_scales_and_first_half(next_scales, halves[0]);
             }
             ptx::wgmma_wait<1>();
-            if (i == 0 && done) release(done);
+            if (i == 0 && done != kNone) release(&activations_free_[done]);
           }
-          done = &activations_free_[activations_place_.slot];
+          done = int(activations_place_.slot);
           activations_place_.advance();
         }
-#pragma unroll
-        for (int j = 0; j < Shape::kWarpTiles; ++j) {
-          now.halves[j] = next.halves[j];
-          if (group == 1) now.scales[j] = next.scales[j];
-        }
       }
+#pragma unroll
+      for (int j = 0; j < Shape::kWarpTiles; ++j) scales[j] = next_scales[j];
     }
     ptx::wgmma_wait<0>();
-    release(done);
+    release(&activations_free_[done]);
   }
 
   // Where a block leaves the sums of a tile that another one finishes: one float4 of each thread
