@@ -39,7 +39,7 @@ double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> me
     NIBBLE_CUDA(cudaMemsetAsync(buffer.data(), 1, buffer.size(), stream));
     memory = {buffer.data(), buffer.size()};
   }
-  const uint64_t bytes = memory.size() / round_bytes * round_bytes;
+  const uint64_t bytes = std::min<uint64_t>(memory.size(), kBytes) / round_bytes * round_bytes;
   const auto* const words = reinterpret_cast<const uint4*>(memory.data());
   const DeviceArray<uint32_t> never(1);
   const Event begin, end;
