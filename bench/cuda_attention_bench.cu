@@ -112,21 +112,41 @@ struct Model {
   bool value_is_key;
 };
 
+// How keys and values are stored.
+struct Storage {
+  const char* name;
+  backend::KvFormat format;
+  bool shared;
+};
+
+backend::KvLayer kv_layer(const backend::AttentionShape& shape, const Storage& storage) {
+  using backend::KvFormat;
+  backend::KvLayer layer = {};
+  layer.kv_heads = shape.kv_heads;
+  if (storage.shared) layer.shared = backend::SharedKvRow{shape.head_dim, shape.head_dim / 4};
+  layer.row = {storage.format, storage.shared ? layer.shared->values() : shape.head_dim,
+               storage.format == KvFormat::kF16  ? 0u
+               : storage.format == KvFormat::kQ8 ? 32u
+                                                 : 128u};
+  layer.value_offset = storage.shared ? 0 : shape.kv_heads * layer.row.head_bytes();
+  return layer;
+}
+
 // A layer's attention in a step of `sequences` sequences that are `context` long when it ends, with
 // `tokens` rows each; and enough copies of the layer's pages that the L2 cache does not hold them.
 class Attention {
  public:
-  Attention(const Model& model, uint32_t context, uint32_t sequences, uint32_t tokens,
-            uint32_t parts)
+  Attention(const Model& model, const Storage& storage, uint32_t context, uint32_t sequences,
+            uint32_t tokens, uint32_t parts)
       : shape_(model.shape),
+        cache_(kv_layer(shape_, storage)),
         rows_(sequences * tokens),
         column_tiles_(shape_.query_width() / kTileColumns) {
     const uint32_t visible = model.window ? std::min(model.window + tokens - 1, context) : context;
     const uint32_t pages = visible / kKvPageTokens + 2;
-    half_page_ = uint64_t(shape_.kv_width()) * kKvPageTokens * 2;
-    const uint64_t layer_bytes = sequences * pages * 2 * half_page_;
+    const uint64_t layer_bytes = sequences * pages * cache_.bytes();
     layers_ = uint32_t(std::max<uint64_t>(2, kRotateBytes / layer_bytes));
-    const uint64_t page_bytes = layers_ * 2 * half_page_;
+    const uint64_t page_bytes = layers_ * cache_.bytes();
 
     pool_ = DeviceArray<char>(sequences * pages * page_bytes);
     fill_f16<<<1024, 256>>>(reinterpret_cast<uint16_t*>(pool_.data()), pool_.size() / 2);
@@ -155,7 +175,8 @@ class Attention {
     const DeviceShape device = device_shape();
     split_parts_ = DeviceArray<SplitPart>(most_split_parts(device.multiprocessors));
     NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
-    launch_ = choose_attention(device, unit, shape_, rows_, tokens == 1 ? rows_ : 0);
+    layer_.kv = kv_rows(cache_, shape_.head_dim);
+    launch_ = choose_attention(device, unit, shape_, layer_.kv, rows_, tokens == 1 ? rows_ : 0);
     workspace_ = DeviceArray<char>(attention_workspace_bytes(shape_, launch_));
 
     layer_.shape = shape_;
@@ -164,7 +185,6 @@ class Attention {
     layer_.value_is_key = model.value_is_key;
     layer_.query_norm = layer_.key_norm = layer_.value_norm = {true, 1e-6f, nullptr};
     layer_.inverse_frequencies = frequencies_.data();
-    layer_.format = backend::KvFormat::kF16;
     args_ = {places_.data(),    {table_.data(), stride}, sums_.data(),        parts,
              sums_width(model), workspace_.data(),       split_parts_.data(), output()};
   }
@@ -173,20 +193,21 @@ class Attention {
     return model.shape.query_width() + (model.value_is_key ? 1 : 2) * model.shape.kv_width();
   }
   const AttentionLaunch& launch() const { return launch_; }
+  uint64_t bytes_per_token() const { return cache_.bytes() / kKvPageTokens; }
   uint32_t layers() const { return layers_; }
   uint32_t sums_size() const { return uint32_t(sums_.size()); }
   ActivationRows output() const { return {values_.data(), means_.data(), rows_, column_tiles_}; }
 
   void start(cudaStream_t stream, uint32_t i) {
-    layer_.key_offset = i % layers_ * 2 * half_page_;
-    layer_.value_offset = layer_.key_offset + half_page_;
+    layer_.kv.key_offset = i % layers_ * cache_.bytes();
+    layer_.kv.value_offset = layer_.kv.key_offset + cache_.value_offset;
     launch_attention(stream, layer_, launch_, args_);
   }
 
  private:
   backend::AttentionShape shape_;
+  backend::KvLayer cache_;
   uint32_t rows_, column_tiles_, layers_;
-  uint64_t half_page_;
   AttentionLaunch launch_;
   AttentionLayer layer_ = {};
   AttentionArgs args_;
@@ -209,13 +230,13 @@ double time_alone(Attention& attention, uint32_t least) {
          launches;
 }
 
-void measure_decode(const Model& model, uint32_t context, uint32_t rows) {
+void measure_decode(const Model& model, const Storage& storage, uint32_t context, uint32_t rows) {
   const backend::AttentionShape& shape = model.shape;
   const uint32_t visible = model.window ? std::min(model.window, context) : context;
   constexpr uint32_t kMatrices = 12;  // 900 MB
   const Matrices before(Attention::sums_width(model), kHidden, kMatrices);
   const Matrices after(kHidden, shape.query_width(), kMatrices);
-  Attention attention(model, context, rows, 1, before.launch(rows).parts);
+  Attention attention(model, storage, context, rows, 1, before.launch(rows).parts);
   const DeviceArray<float> other_sums(attention.sums_size());
   const DeviceArray<float> outputs(size_t(after.launch(rows).parts) * rows * kHidden);
   const DeviceArray<uint16_t> normed_values(size_t(rows) * kHidden);
@@ -237,22 +258,24 @@ void measure_decode(const Model& model, uint32_t context, uint32_t rows) {
            (2 * kMatrices);
   };
   const double between_us = time_chain(true) - time_chain(false);
-  const double bytes = double(rows) * visible * shape.kv_width() * 4;  // keys and values in f16
-  std::printf("| %-7s | %6u | %2u | %8.2f | %5.0f | %5.1f %% | %8.2f | %8.2f | %2u |\n", model.name,
-              context, rows, us, bytes / us / 1e3, bytes / us / 10 / kPeakGbPerS, between_us,
-              bytes / 1e6, attention.launch().splits);
+  const double bytes = double(rows) * visible * double(attention.bytes_per_token());
+  std::printf(
+      "| %-7s | %-10s | %6u | %2u | %8.2f | %5.0f | %5.1f %% | %8.2f | %8.2f | %2u x %u |\n",
+      model.name, storage.name, context, rows, us, bytes / us / 1e3, bytes / us / 10 / kPeakGbPerS,
+      between_us, bytes / 1e6, attention.launch().splits, attention.launch().decode.warps);
   std::fflush(stdout);
 }
 
-void measure_prefill(const Model& model, uint32_t context, uint32_t tokens) {
-  Attention attention(model, context, 1, tokens, 1);
+void measure_prefill(const Model& model, const Storage& storage, uint32_t context,
+                     uint32_t tokens) {
+  Attention attention(model, storage, context, 1, tokens, 1);
   const double us = time_alone(attention, 4);
   double keys = 0;  // that the queries see
   for (uint32_t i = 0; i < tokens; ++i)
     keys += model.window ? std::min(model.window, context - i) : context - i;
   const double tflops = keys * model.shape.query_width() * 4 / us / 1e6;
-  std::printf("| %-7s | %6u | %4u | %9.1f | %5.0f | %5.1f %% |\n", model.name, context, tokens, us,
-              tflops, tflops * 100 / kPeakTflops);
+  std::printf("| %-7s | %-10s | %6u | %4u | %9.1f | %5.0f | %5.1f %% |\n", model.name, storage.name,
+              context, tokens, us, tflops, tflops * 100 / kPeakTflops);
   std::fflush(stdout);
 }
 
@@ -272,31 +295,42 @@ int main(int count, char** arguments) {
   unit = has("--mma") ? MatrixUnit::kMma : device_matrix_unit();
   std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
   const Model sliding{"sliding", {32, 16, 256}, 1024, false}, full{"full", {32, 4, 512}, 0, true};
+  using backend::KvFormat;
+  const Storage storages[] = {
+      {"f16", KvFormat::kF16, false},     {"q8", KvFormat::kQ8, false},
+      {"tq4", KvFormat::kTq4, false},     {"f16 shared", KvFormat::kF16, true},
+      {"q8 shared", KvFormat::kQ8, true}, {"tq4 shared", KvFormat::kTq4, true}};
 
   if (all || has("--decode")) {
     std::printf(
         "\n100 %% = %.0f GB/s\n\n"
-        "| layer | context | rows | us | GB/s | of peak | us it adds to its matrices | MB | splits "
-        "|\n"
-        "|---|---|---|---|---|---|---|---|---|\n",
+        "| layer | cache | context | rows | us | GB/s | of peak | us it adds to its matrices | MB "
+        "| splits x warps |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n",
         kPeakGbPerS);
-    for (const uint32_t rows : {1u, 4u, 8u}) {
-      for (const uint32_t context : {512u, 8192u}) measure_decode(sliding, context, rows);
-      for (const uint32_t context : {512u, 8192u, 32768u, 130048u})
-        if (rows == 1 || context <= 8192) measure_decode(full, context, rows);
+    for (const Storage& storage : storages) {
+      for (const uint32_t rows : {1u, 4u, 8u}) {
+        for (const uint32_t context : {512u, 8192u})
+          if (!storage.shared) measure_decode(sliding, storage, context, rows);
+        for (const uint32_t context : {512u, 8192u, 32768u, 130048u})
+          if (rows == 1 || context <= 8192) measure_decode(full, storage, context, rows);
+      }
     }
   }
   if (all || has("--prefill")) {
     std::printf(
         "\n100 %% = %.0f TFLOP/s\n\n"
-        "| layer | context | rows | us | TFLOP/s | of peak |\n"
-        "|---|---|---|---|---|---|\n",
+        "| layer | cache | context | rows | us | TFLOP/s | of peak |\n"
+        "|---|---|---|---|---|---|---|\n",
         kPeakTflops);
     for (const uint32_t tokens : {512u, 2048u}) {
       for (const uint32_t context : {512u, 2048u, 8192u, 32768u, 130048u}) {
         if (context < tokens) continue;
-        if (context <= 8192) measure_prefill(sliding, context, tokens);
-        measure_prefill(full, context, tokens);
+        for (const Storage& storage : storages) {
+          if (context <= 8192 && !storage.shared)
+            measure_prefill(sliding, storage, context, tokens);
+          measure_prefill(full, storage, context, tokens);
+        }
       }
     }
   }

@@ -141,7 +141,7 @@ class CudaBackend final : public Backend {
   }
   uint32_t rows() const { return inputs_.shape().rows; }
   AttentionLaunch attention_launch(const AttentionLayer& layer) const {
-    return choose_attention(device_shape_, device_matrix_unit(), layer.shape, rows(),
+    return choose_attention(device_shape_, device_matrix_unit(), layer.shape, layer.kv, rows(),
                             inputs_.shape().single_rows);
   }
 
@@ -278,9 +278,7 @@ void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend
                       .key_norm = head_norm(qkv.key_norm),
                       .value_norm = head_norm(qkv.value_norm),
                       .inverse_frequencies = rope.data(),
-                      .format = layer.row.format,
-                      .key_offset = layer.key_offset,
-                      .value_offset = layer.value_offset};
+                      .kv = kv_rows(layer, qkv.shape.head_dim)};
 }
 
 void CudaBackend::reserve_workspace() {

@@ -92,11 +92,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
-// Waits for `threads` threads of the block that name the same barrier `id` (1 to 15).
-__device__ __forceinline__ void sync_threads(uint32_t id, uint32_t threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // An operand of a product, in shared memory: rows of 64 f16 (128 bytes), each of whose eight
 // 16-byte chunks c stands at c ^ (row % 8). `first` lies at a multiple of 1024 bytes; the operand
 // is 16 columns wide and starts at column 16 * step. A transposed operand is 16 rows high instead,

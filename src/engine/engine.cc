@@ -111,8 +111,7 @@ const BackendKind& find_backend(std::string_view name) {
 struct BackendTraits {
   std::string_view name;
   std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
-  bool shared_rows;
-  uint64_t driver_bytes = 0;  // MemoryNeeds'
+  uint64_t driver_bytes = 0;                  // MemoryNeeds'
 };
 
 // nullptr: no backend's name.
@@ -120,9 +119,9 @@ const BackendTraits* find_traits(std::string_view backend) {
   using enum backend::KvFormat;
   static const BackendTraits traits[] = {
       // 0.34 to 0.35 GB were measured: docs/measurements/memory.md.
-      {"cuda", {kF16}, false, 350'000'000},
-      {"cpu", {kF16, kQ8, kTq4, kF32}, true},
-      {"reference", {kF32, kF16, kQ8, kTq4}, true},
+      {"cuda", {kF16, kQ8, kTq4}, 350'000'000},
+      {"cpu", {kF16, kQ8, kTq4, kF32}},
+      {"reference", {kF32, kF16, kQ8, kTq4}},
   };
   if (backend == "auto") backend = find_backend("auto").name;
   const auto* found = std::ranges::find(traits, backend, &BackendTraits::name);
@@ -167,7 +166,7 @@ backend::KvOptions kv_options(const EngineOptions& options) {
   const backend::KvFormat format = options.kv_format.value_or(traits->kv_formats.front());
   return {.format = format,
           .window_format = options.kv_window_format.value_or(format == kF32 ? kF32 : kF16),
-          .layout = traits->shared_rows ? options.kv_layout : backend::KvLayout::kSplit};
+          .layout = options.kv_layout};
 }
 
 std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options) {

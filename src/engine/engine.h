@@ -33,7 +33,6 @@ struct EngineOptions {
   std::optional<backend::KvFormat> kv_format;     // nullopt: the backend's default (f16)
   // Of layers with a sliding window, which are small; nullopt: f32 if the others are, else f16.
   std::optional<backend::KvFormat> kv_window_format;
-  // Where a backend can't read shared rows, kAuto means split ones.
   backend::KvLayout kv_layout = backend::KvLayout::kAuto;
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve

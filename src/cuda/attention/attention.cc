@@ -4,6 +4,31 @@
 #include "cuda/attention/kernel_args.h"
 
 namespace nibble::cuda {
+namespace {
+
+using Launch = void (*)(cudaStream_t, const AttentionKernelArgs&);
+struct FormatKernels {
+  Launch decode, store, prefill_mma, prefill_wgmma;
+};
+
+FormatKernels kernels_of(backend::KvFormat format) {
+  using backend::KvFormat;
+  switch (format) {
+    case KvFormat::kF16:
+      return {launch_decode_f16, launch_store_f16, launch_prefill_f16_mma,
+              launch_prefill_f16_wgmma};
+    case KvFormat::kQ8:
+      return {launch_decode_q8, launch_store_q8, launch_prefill_q8_mma, nullptr};
+    case KvFormat::kTq4:
+      return {launch_decode_tq4, launch_store_tq4, launch_prefill_tq4_mma, nullptr};
+    case KvFormat::kF32:
+      break;
+  }
+  fail(ErrorCode::kUnsupported, "KV format {}: CUDA has f16, q8 and tq4",
+       backend::to_string(format));
+}
+
+}  // namespace
 
 void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
                       const AttentionLaunch& launch, const AttentionArgs& step) {
@@ -18,16 +43,13 @@ void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
          "attention with {} query heads for {} KV heads: CUDA takes up to {} for each; use "
          "--backend cpu",
          shape.query_heads, shape.kv_heads, kQueryTile);
-  if (layer.format != backend::KvFormat::kF16)
-    fail(ErrorCode::kUnsupported, "KV format {}: CUDA has f16; use --kv f16",
-         backend::to_string(layer.format));
-
   const AttentionKernelArgs args = {layer, launch, step, static_cast<__half*>(step.workspace)};
-  if (launch.single_rows > 0) launch_decode_f16(stream, args);
+  const FormatKernels kernels = kernels_of(layer.kv.format);
+  if (launch.single_rows > 0) kernels.decode(stream, args);
   if (launch.rows > launch.single_rows) {
-    launch_store_f16(stream, args);
-    const bool wgmma = launch.unit == MatrixUnit::kWgmma;
-    (wgmma ? launch_prefill_f16_wgmma : launch_prefill_f16_mma)(stream, args);
+    kernels.store(stream, args);
+    (launch.unit == MatrixUnit::kWgmma ? kernels.prefill_wgmma : kernels.prefill_mma)(stream, args);
+    if (layer.kv.restores_results()) launch_restore(stream, args);
   }
 }
 

@@ -47,8 +47,7 @@ struct AttentionLayer {
   bool value_is_key;  // the sums have no v columns
   HeadNorm query_norm, key_norm, value_norm;
   const float* inverse_frequencies;  // [head_dim / 2], on the device
-  backend::KvFormat format;
-  uint64_t key_offset, value_offset;  // KvLayer's
+  KvRows kv;
 };
 
 struct AttentionArgs {

@@ -3,11 +3,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "backend/kv_codec.h"
+#include "backend/kv_tq4.h"
 #include "base/error.h"
 #include "base/half.h"
 #include "cuda/device_array.h"
@@ -18,6 +23,7 @@ namespace nibble::cuda {
 namespace {
 
 using backend::kKvPageTokens;
+using backend::KvFormat;
 
 // Tokens of one session in a step, behind those that its pages hold already.
 struct Part {
@@ -30,7 +36,30 @@ struct Layer {
   bool value_is_key;
 };
 
-// Row-wise double formulas, with q, k and v rounded to f16 where the device rounds them.
+// How keys and values are stored. With shared rows, a layer's values are its keys.
+struct Storage {
+  KvFormat format = KvFormat::kF16;
+  bool shared = false;
+};
+
+backend::KvLayer kv_layer(const backend::AttentionShape& shape, const Storage& storage) {
+  const uint32_t head_dim = shape.head_dim;
+  backend::KvLayer layer = {};
+  layer.kv_heads = shape.kv_heads;
+  if (storage.shared) layer.shared = backend::SharedKvRow{head_dim, std::max(32u, head_dim / 4)};
+  const uint32_t rope_dims = storage.shared ? layer.shared->rope_dims : 0;
+  const uint32_t divisor = 1u << std::countr_zero(head_dim | rope_dims);
+  layer.row = {storage.format, head_dim + rope_dims,
+               storage.format == KvFormat::kF16  ? 0
+               : storage.format == KvFormat::kQ8 ? 32
+                                                 : std::min(divisor, 128u)};
+  // The page has another layer in front.
+  layer.key_offset = layer.value_offset = layer.bytes();
+  if (!storage.shared) layer.value_offset += shape.kv_heads * layer.row.head_bytes();
+  return layer;
+}
+
+// Row-wise double formulas over what the device has stored.
 struct Reference {
   std::vector<double> output;     // [query_width]
   std::vector<double> tolerance;  // [query_width]
@@ -39,14 +68,15 @@ struct Reference {
 // A step over random numbers: what goes in, on both sides, and what must come out.
 class Step {
  public:
-  Step(const Layer& layer, std::vector<Part> parts, uint32_t seed)
-      : layer_(layer), parts_(std::move(parts)), random_(seed), parts_of_sums_(1 + seed % 4) {
+  Step(const Layer& layer, const Storage& storage, std::vector<Part> parts, uint32_t seed)
+      : layer_(layer),
+        cache_(kv_layer(layer.shape, storage)),
+        parts_(std::move(parts)),
+        random_(seed),
+        parts_of_sums_(1 + seed % 4),
+        page_bytes_(2 * cache_.bytes() + 64) {
     const backend::AttentionShape& shape = layer.shape;
-    const uint32_t half_page = shape.kv_width() * kKvPageTokens;  // keys or values, in f16
-    // The page has another layer in front, and keys and values apart.
-    key_offset_ = 2 * half_page;
-    value_offset_ = key_offset_ + half_page;
-    page_halves_ = value_offset_ + half_page + 64;
+    layer_.value_is_key |= storage.shared;
     make_rows();
     make_pages();
     make_sums();
@@ -60,7 +90,8 @@ class Step {
 
   // What run() starts, and on pages as they were at first.
   void choose(const DeviceShape& device, MatrixUnit unit) {
-    launch_ = choose_attention(device, unit, layer_.shape, uint32_t(places_.size()), single_rows_);
+    launch_ = choose_attention(device, unit, layer_.shape, kv_rows(cache_, layer_.shape.head_dim),
+                               uint32_t(places_.size()), single_rows_);
     workspace_ = DeviceArray<char>(attention_workspace_bytes(layer_.shape, launch_));
     device_pool_.upload(pool_);
   }
@@ -81,9 +112,7 @@ class Step {
     layer.key_norm = {true, kEpsilon, device_key_norm_.data()};
     layer.value_norm = {true, kEpsilon, nullptr};
     layer.inverse_frequencies = device_frequencies_.data();
-    layer.format = backend::KvFormat::kF16;
-    layer.key_offset = 2 * key_offset_;
-    layer.value_offset = 2 * value_offset_;
+    layer.kv = kv_rows(cache_, layer_.shape.head_dim);
     AttentionArgs args = {};
     args.places = device_places_.data();
     args.tables = {device_tables_.data(), table_stride_};
@@ -106,16 +135,13 @@ class Step {
   void expect_right() {
     const std::vector<uint16_t> bits = values_.download();
     const std::vector<ActivationMeans> means = means_.download();
-    const std::vector<uint16_t> stored = device_pool_.download();
-    if (expected_pool_.empty()) {
-      expected_pool_ = pool_;
-      for (uint32_t row = 0; row < places_.size(); ++row) store_row(row, expected_pool_);
-      for (uint32_t row = 0; row < places_.size(); ++row) {
-        for (uint32_t h = 0; h < layer_.shape.query_heads; ++h)
-          references_.push_back(attend(row, h));
-      }
+    std::vector<std::byte> stored = device_pool_.download();
+    if (references_.empty()) {
+      stored_ = stored;
+      expect_stored_rows(stored);
+      make_references();
     }
-    expect_pages(stored, expected_pool_);
+    EXPECT_TRUE(stored == stored_);  // whatever kernel attends
     for (uint32_t row = 0; row < places_.size(); ++row) expect_row(row, bits, means);
     expect_parts_unwritten();
   }
@@ -152,8 +178,8 @@ class Step {
     std::vector<uint32_t> order(count);
     for (uint32_t i = 0; i < count; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_);
-    pool_.assign(size_t(count) * page_halves_, 0xffff);
-    device_pool_ = DeviceArray<uint16_t>(pool_.size());
+    pool_.assign(size_t(count) * page_bytes_, std::byte(0xff));
+    device_pool_ = DeviceArray<std::byte>(pool_.size());
     pages_.assign(parts_.size() * table_stride_, UINT32_MAX);
     std::vector<uint64_t> addresses(pages_.size(), 1);  // no address of anything
     for (uint32_t s = 0; s < parts_.size(); ++s) {
@@ -161,7 +187,7 @@ class Step {
       for (uint32_t i = first; i < page_count(s); ++i) {
         const uint32_t page = pages_[s * table_stride_ + i] = order[--count];
         addresses[s * table_stride_ + i] =
-            reinterpret_cast<uint64_t>(device_pool_.data() + size_t(page) * page_halves_);
+            reinterpret_cast<uint64_t>(device_pool_.data() + size_t(page) * page_bytes_);
       }
       for (uint32_t p = first * kKvPageTokens; p < parts_[s].stored; ++p) fill_position(s, p);
     }
@@ -170,17 +196,21 @@ class Step {
   void fill_position(uint32_t s, uint32_t p) {
     const uint32_t first = first_seen(s);
     // A key too few or too many at the window's edge must show.
-    const float size = p < first ? 1000.0f : p == first ? 30.0f : 1.0f;
+    const float size = p < first ? 1000.0f : p == first && !cache_.shared ? 30.0f : 1.0f;
+    std::vector<float> values(cache_.row.values);
     for (uint32_t head = 0; head < layer_.shape.kv_heads; ++head) {
-      for (uint32_t d = 0; d < layer_.shape.head_dim; ++d) {
-        pool_[place(s, p, head, key_offset_) + d] = f32_to_f16(normal());
-        pool_[place(s, p, head, value_offset_) + d] = f32_to_f16(size * normal());
+      for (const bool of_value : {false, true}) {
+        if (of_value && cache_.shared) continue;
+        for (float& x : values) x = (of_value || cache_.shared ? size : 1.0f) * normal();
+        encode_kv_row(cache_.row, values, pool_.data() + head_place(s, p, head, of_value),
+                      p % kKvPageTokens);
       }
     }
   }
-  size_t place(uint32_t s, uint32_t p, uint32_t head, uint64_t offset) const {
-    return pages_[s * table_stride_ + p / kKvPageTokens] * page_halves_ + offset +
-           (size_t(head) * kKvPageTokens + p % kKvPageTokens) * layer_.shape.head_dim;
+  // Where the head that has the position begins, in the pool.
+  size_t head_place(uint32_t s, uint32_t p, uint32_t head, bool of_value) const {
+    return pages_[s * table_stride_ + p / kKvPageTokens] * page_bytes_ +
+           (of_value ? cache_.value_offset : cache_.key_offset) + head * cache_.row.head_bytes();
   }
 
   void make_sums() {
@@ -194,7 +224,8 @@ class Step {
     for (float& x : query_norm_) x = normal();
     for (float& x : key_norm_) x = normal();
     frequencies_.resize(shape.head_dim / 2);
-    for (uint32_t i = 0; i < frequencies_.size(); ++i)
+    const uint32_t turning = cache_.shared ? cache_.shared->rope_dims / 2 : shape.head_dim / 2;
+    for (uint32_t i = 0; i < turning; ++i)
       frequencies_[i] = i % 5 == 4 ? 0.0f : std::pow(1e4f, -2.0f * float(i) / shape.head_dim);
     device_sums_ = DeviceArray<float>(std::span<const float>(sums_));
     device_query_norm_ = DeviceArray<float>(std::span<const float>(query_norm_));
@@ -226,73 +257,189 @@ class Step {
     return x;
   }
 
-  void store_row(uint32_t row, std::vector<uint16_t>& pool) const {
+  // What a row of the step stores for a KV head.
+  std::vector<float> row_values(uint32_t row, uint32_t kv_head, bool of_value) const {
     const backend::AttentionShape& shape = layer_.shape;
-    for (uint32_t h = 0; h < shape.kv_heads; ++h) {
-      const uint32_t key = shape.query_heads + h;
-      const uint32_t value = layer_.value_is_key ? key : key + shape.kv_heads;
-      const auto put = [&](uint64_t offset, const std::vector<double>& x) {
-        const size_t at = place(places_[row].sequence, places_[row].position, h, offset);
-        for (uint32_t d = 0; d < shape.head_dim; ++d) pool[at + d] = f32_to_f16(float(x[d]));
-      };
-      put(key_offset_, head(row, key, key_norm_, true));
-      put(value_offset_, head(row, value, {}, false));
+    const uint32_t key = shape.query_heads + kv_head;
+    const uint32_t index = of_value && !layer_.value_is_key ? key + shape.kv_heads : key;
+    const std::vector<double> as_key = head(row, index, key_norm_, true);
+    const std::vector<double> as_value = head(row, index, {}, false);
+    if (!cache_.shared) {
+      const std::vector<double>& from = of_value ? as_value : as_key;
+      return {from.begin(), from.end()};
     }
+    std::vector<float> values(cache_.row.values);
+    for (uint32_t d = 0; d < shape.head_dim; ++d) {
+      const uint32_t place = cache_.shared->key_place(d);
+      if (place < cache_.shared->rope_dims) values[place] = float(as_key[d]);
+      values[cache_.shared->value_place(d)] = float(as_value[d]);
+    }
+    return values;
   }
 
-  // Keys and values may differ in f16's last place: f32 sums stand before that rounding. All else
-  // is untouched.
-  static void expect_pages(const std::vector<uint16_t>& actual,
-                           const std::vector<uint16_t>& expected) {
-    for (size_t i = 0; i < actual.size(); ++i) {
-      if (actual[i] == expected[i]) continue;
-      const float a = f16_to_f32(actual[i]), e = f16_to_f32(expected[i]);
-      ASSERT_LE(std::abs(a - e), std::max(std::abs(e) * 0x1p-10f, 1e-5f)) << "at " << i;
+  // The step's rows are in their pages as they should be, and nothing else was written.
+  void expect_stored_rows(std::vector<std::byte> stored) const {
+    const backend::KvRowLayout& layout = cache_.row;
+    std::vector<std::byte> expected(layout.head_bytes());
+    const size_t number_bytes = layout.number_bytes(), scale_bytes = 2 * layout.scales();
+    for (uint32_t row = 0; row < places_.size(); ++row) {
+      for (uint32_t h = 0; h < layer_.shape.kv_heads; ++h) {
+        for (const bool of_value : {false, true}) {
+          if (of_value && cache_.shared) continue;
+          const RowPlace at = places_[row];
+          const uint32_t in_page = at.position % kKvPageTokens;
+          encode_kv_row(layout, row_values(row, h, of_value), expected.data(), in_page);
+          const size_t head = head_place(at.sequence, at.position, h, of_value);
+          const size_t numbers = in_page * number_bytes;
+          const size_t scales = layout.scales_offset() + in_page * scale_bytes;
+          SCOPED_TRACE("row " + std::to_string(row) + ", head " + std::to_string(h) +
+                       (of_value ? ", value" : ", key"));
+          expect_same_row(&stored[head + numbers], &expected[numbers], &stored[head + scales],
+                          &expected[scales]);
+          const auto restore = [&](size_t from, size_t bytes) {
+            std::copy_n(pool_.begin() + from, bytes, stored.begin() + from);
+          };
+          restore(head + numbers, number_bytes);
+          restore(head + scales, scale_bytes);
+        }
+      }
     }
+    EXPECT_TRUE(stored == pool_);
+  }
+
+  static float load_f16(const std::byte* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return f16_to_f32(bits);
+  }
+  // They may differ in f16's last place: f32 sums stand before that rounding.
+  static void expect_near_f16(const std::byte* actual, const std::byte* expected,
+                              double relative = 0x1p-10) {
+    const float a = load_f16(actual), e = load_f16(expected);
+    ASSERT_LE(std::abs(a - e), std::max(std::abs(e) * relative, 1e-5));
+  }
+  // Where f32 sums fall on the other side of a boundary, a compressed number may be its neighbour;
+  // with a relative error of 1e-5 in front of steps that are 1e-2 and more apart, that is rare. In
+  // tq4 it changes the squares of a block of n numbers, which are about n, by up to 3.5, and the
+  // scale by half as much.
+  void expect_same_row(const std::byte* numbers, const std::byte* expected, const std::byte* scales,
+                       const std::byte* expected_scales) const {
+    const uint32_t block = cache_.row.block;
+    if (block == 0) {
+      for (uint32_t i = 0; i < cache_.row.values; ++i)
+        expect_near_f16(numbers + 2 * i, expected + 2 * i);
+      return;
+    }
+    uint32_t neighbours = 0;
+    for (uint32_t first = 0; first < cache_.row.values; first += block) {
+      const uint32_t before = neighbours;
+      for (uint32_t i = first; i < first + block; ++i) {
+        const int a = level(numbers, i), e = level(expected, i);
+        ASSERT_LE(std::abs(a - e), 1) << "value " << i;
+        neighbours += a != e;
+      }
+      expect_near_f16(scales + first / block * 2, expected_scales + first / block * 2,
+                      0x1p-10 + (neighbours - before) * 2.0 / block);
+    }
+    ASSERT_LE(neighbours, 1 + cache_.row.values / 64);
+  }
+  // A compressed number, counted from the smallest.
+  int level(const std::byte* numbers, uint32_t i) const {
+    if (cache_.row.format == KvFormat::kQ8) return int8_t(numbers[i]);
+    uint32_t word;
+    std::memcpy(&word, numbers + i / 8 * 4, sizeof word);
+    const int index = int(word >> backend::tq4_magnitude_shift(i % 8) & 7);
+    return word >> backend::tq4_sign_shift(i % 8) & 1 ? 7 - index : 8 + index;
+  }
+
+  void make_references() {
+    const backend::AttentionShape& shape = layer_.shape;
+    std::vector<std::vector<float>> decoded;  // [sequences, kv_heads]
+    for (uint32_t s = 0; s < parts_.size(); ++s) {
+      for (uint32_t h = 0; h < shape.kv_heads; ++h) decoded.push_back(decode(s, h));
+    }
+    for (uint32_t row = 0; row < places_.size(); ++row) {
+      for (uint32_t h = 0; h < shape.query_heads; ++h) {
+        const uint32_t kv_head = h / (shape.query_heads / shape.kv_heads);
+        references_.push_back(
+            attend(row, h, decoded[places_[row].sequence * shape.kv_heads + kv_head]));
+      }
+    }
+  }
+  // Keys and values of a head's positions from first_seen() on: [positions, 2, head_dim].
+  std::vector<float> decode(uint32_t s, uint32_t kv_head) const {
+    const uint32_t dim = layer_.shape.head_dim;
+    std::vector<float> decoded, values(cache_.row.values);
+    for (uint32_t p = first_seen(s); p < parts_[s].stored + parts_[s].tokens; ++p) {
+      for (const bool of_value : {false, true}) {
+        decode_kv_row(cache_.row, stored_.data() + head_place(s, p, kv_head, of_value),
+                      p % kKvPageTokens, values);
+        for (uint32_t d = 0; d < dim; ++d) {
+          if (!cache_.shared) {
+            decoded.push_back(values[d]);
+            continue;
+          }
+          const uint32_t key_place = cache_.shared->key_place(d);
+          const float weight = key_place < cache_.shared->rope_dims ? 1.0f : key_norm_[d];
+          decoded.push_back(of_value ? values[cache_.shared->value_place(d)]
+                                     : weight * values[key_place]);
+        }
+      }
+    }
+    return decoded;
   }
 
   // A bound of the error: six standard deviations of a score whose q and k are rounded to f16, and
-  // the roundings of a weight, a value and the result.
-  Reference attend(uint32_t row, uint32_t query_head) const {
-    const backend::AttentionShape& shape = layer_.shape;
-    const uint32_t kv_head = query_head / (shape.query_heads / shape.kv_heads);
+  // the roundings of a weight, a value and the result. Where rows are rotated, roundings of their
+  // values and of the result are spread evenly over the dimensions.
+  Reference attend(uint32_t row, uint32_t query_head, const std::vector<float>& decoded) const {
+    const uint32_t dim = layer_.shape.head_dim;
+    const bool rotated = cache_.row.format == KvFormat::kTq4;
     const RowPlace at = places_[row];
     const std::vector<double> query = head(row, query_head, query_norm_, true);
     const uint32_t first =
         layer_.window == 0 || at.position < layer_.window ? 0 : at.position + 1 - layer_.window;
+    const float* const rows = decoded.data() + (first - first_seen(at.sequence)) * 2 * dim;
+    const auto mean_square = [&](const auto* x) {
+      double squares = 0;
+      for (uint32_t d = 0; d < dim; ++d) squares += double(x[d]) * x[d];
+      return squares / dim;
+    };
+    constexpr double kSixDeviations = 6 / 1.7320508075688772 * 0x1p-11;  // of f16's rounding
     std::vector<double> scores, errors;
     double largest = -INFINITY, sum = 0;
-    for (uint32_t p = first; p <= at.position; ++p) {
-      const uint16_t* key = expected_pool_.data() + place(at.sequence, p, kv_head, key_offset_);
+    for (uint32_t i = 0; first + i <= at.position; ++i) {
+      const float* const key = rows + i * 2 * dim;
       double score = 0, squares = 0;
-      for (uint32_t d = 0; d < shape.head_dim; ++d) {
-        const double product = query[d] * f16_to_f32(key[d]);
+      for (uint32_t d = 0; d < dim; ++d) {
+        const double product = query[d] * key[d];
         score += product;
         squares += product * product;
       }
+      if (rotated) squares = 2 * dim * mean_square(query.data()) * mean_square(key);
       scores.push_back(score * scale_);
-      errors.push_back(6 / std::sqrt(3.0) * 0x1p-11 * std::sqrt(2 * squares) * scale_);
+      errors.push_back(kSixDeviations * std::sqrt(2 * squares) * scale_);
       largest = std::max(largest, scores.back());
     }
     for (double& s : scores) sum += s = std::exp(s - largest);
-    Reference result{std::vector<double>(shape.head_dim), std::vector<double>(shape.head_dim)};
-    for (uint32_t pass = 0; pass < 2; ++pass) {
-      for (uint32_t i = 0; i < scores.size(); ++i) {
-        const uint16_t* value =
-            expected_pool_.data() + place(at.sequence, first + i, kv_head, value_offset_);
-        for (uint32_t d = 0; d < shape.head_dim; ++d) {
-          const double v = f16_to_f32(value[d]), weight = scores[i] / sum;
-          if (pass == 0) {
-            result.output[d] += weight * v;
-          } else {
-            result.tolerance[d] +=
-                weight * (std::abs(v - result.output[d]) * errors[i] + std::abs(v) * 2 * 0x1p-11);
-          }
-        }
+    Reference result{std::vector<double>(dim), std::vector<double>(dim)};
+    for (uint32_t i = 0; i < scores.size(); ++i) {
+      for (uint32_t d = 0; d < dim; ++d)
+        result.output[d] += scores[i] / sum * rows[(i * 2 + 1) * dim + d];
+    }
+    for (uint32_t i = 0; i < scores.size(); ++i) {
+      const float* const value = rows + (i * 2 + 1) * dim;
+      const double spread = rotated ? kSixDeviations * std::sqrt(mean_square(value)) : 0;
+      for (uint32_t d = 0; d < dim; ++d) {
+        result.tolerance[d] += scores[i] / sum *
+                               (std::abs(value[d] - result.output[d]) * errors[i] +
+                                std::abs(value[d]) * 2 * 0x1p-11 + spread);
       }
     }
-    for (uint32_t d = 0; d < shape.head_dim; ++d)
-      result.tolerance[d] += std::abs(result.output[d]) * 0x1p-11 + 1e-6;
+    const double spread =
+        rotated ? kSixDeviations * std::sqrt(mean_square(result.output.data())) : 0;
+    for (uint32_t d = 0; d < dim; ++d)
+      result.tolerance[d] += std::abs(result.output[d]) * 0x1p-11 + spread + 1e-6;
     return result;
   }
 
@@ -332,21 +479,23 @@ class Step {
   }
 
   Layer layer_;
+  const backend::KvLayer cache_;
   std::vector<Part> parts_;
   std::mt19937 random_;
   uint32_t parts_of_sums_;
   AttentionLaunch launch_;
   uint32_t single_rows_ = 0, table_stride_ = 0, stride_ = 0, column_tiles_ = 0;
-  uint64_t key_offset_, value_offset_, page_halves_;  // in f16
+  const uint64_t page_bytes_;
   float scale_;
   std::vector<RowPlace> places_;
-  std::vector<uint32_t> pages_;  // [sequences, table_stride]
-  std::vector<uint16_t> pool_, expected_pool_;
-  std::vector<Reference> references_;  // [rows, query_heads]
+  std::vector<uint32_t> pages_;           // [sequences, table_stride]
+  std::vector<std::byte> pool_, stored_;  // before and after the step
+  std::vector<Reference> references_;     // [rows, query_heads]
   std::vector<float> sums_, query_norm_, key_norm_, frequencies_;
   DeviceArray<RowPlace> device_places_;
   DeviceArray<uint64_t> device_tables_;
-  DeviceArray<uint16_t> device_pool_, values_;
+  DeviceArray<std::byte> device_pool_;
+  DeviceArray<uint16_t> values_;
   DeviceArray<ActivationMeans> means_;
   DeviceArray<float> device_sums_, device_query_norm_, device_key_norm_, device_frequencies_;
   DeviceArray<char> workspace_;
@@ -360,16 +509,17 @@ struct Kernel {
   MatrixUnit unit;
   std::string name;
 };
-std::vector<Kernel> kernels(const backend::AttentionShape& shape) {
+std::vector<Kernel> kernels(const backend::AttentionShape& shape, const Storage& storage) {
   const DeviceShape device = test::device_shape();
+  const KvRows rows = kv_rows(kv_layer(shape, storage), shape.head_dim);
   std::vector<Kernel> kernels;
-  if (test::matrix_unit() == MatrixUnit::kWgmma)
+  if (choose_attention(device, test::matrix_unit(), shape, rows, 2, 0).unit == MatrixUnit::kWgmma)
     kernels.push_back({device, MatrixUnit::kWgmma, "wgmma"});
   uint32_t last = UINT32_MAX;
   for (const uint32_t bytes : {device.shared_bytes_per_block, 163u << 10, 99u << 10}) {
     const DeviceShape smaller = {device.multiprocessors,
                                  std::min(device.shared_bytes_per_block, bytes)};
-    const uint32_t tile = choose_attention(smaller, MatrixUnit::kMma, shape, 2, 0).mma_tile;
+    const uint32_t tile = choose_attention(smaller, MatrixUnit::kMma, shape, rows, 2, 0).mma_tile;
     if (tile == last) continue;
     last = tile;
     kernels.push_back({smaller, MatrixUnit::kMma, "mma, tile " + std::to_string(tile)});
@@ -377,7 +527,7 @@ std::vector<Kernel> kernels(const backend::AttentionShape& shape) {
   return kernels;
 }
 
-void expect_right(const Layer& layer, const std::vector<Part>& parts) {
+void expect_right(const Layer& layer, const Storage& storage, const std::vector<Part>& parts) {
   const uint32_t seed = std::random_device{}();
   std::string text =
       "seed " + std::to_string(seed) + ", heads " + std::to_string(layer.shape.query_heads) +
@@ -388,8 +538,8 @@ void expect_right(const Layer& layer, const std::vector<Part>& parts) {
     text += " " + std::to_string(part.stored) + "+" + std::to_string(part.tokens);
     prefill = prefill || part.tokens > 1;
   }
-  Step step(layer, parts, seed);
-  for (const Kernel& kernel : kernels(layer.shape)) {
+  Step step(layer, storage, parts, seed);
+  for (const Kernel& kernel : kernels(layer.shape, storage)) {
     SCOPED_TRACE(text + ", " + kernel.name);
     step.choose(kernel.device, kernel.unit);
     step.run(nullptr);
@@ -399,23 +549,32 @@ void expect_right(const Layer& layer, const std::vector<Part>& parts) {
   }
 }
 
-class Attention : public testing::TestWithParam<uint32_t> {
+constexpr Storage kStorages[] = {{KvFormat::kF16, false}, {KvFormat::kF16, true},
+                                 {KvFormat::kQ8, false},  {KvFormat::kQ8, true},
+                                 {KvFormat::kTq4, false}, {KvFormat::kTq4, true}};
+
+class Attention : public testing::TestWithParam<std::tuple<uint32_t, Storage>> {
  protected:
   void SetUp() override { NIBBLE_NEEDS_GPU(); }
+
+  static uint32_t head_dim() { return std::get<0>(GetParam()); }
+  static void expect_right(const Layer& layer, const std::vector<Part>& parts) {
+    cuda::expect_right(layer, std::get<1>(GetParam()), parts);
+  }
 };
 
 TEST_P(Attention, DecodesAtEveryEdge) {
-  const Layer sliding{{4, 2, GetParam()}, 64, false};
+  const Layer sliding{{4, 2, head_dim()}, 64, false};
   for (const uint32_t stored :
        {0u, 1u, 15u, 16u, 31u, 32u, 33u, 62u, 63u, 64u, 65u, 95u, 96u, 777u})
     expect_right(sliding, {{stored, 1}});
-  const Layer full{{8, 1, GetParam()}, 0, true};
+  const Layer full{{8, 1, head_dim()}, 0, true};
   for (const uint32_t stored : {0u, 31u, 32u, 500u, 1600u}) expect_right(full, {{stored, 1}});
 }
 
 TEST_P(Attention, WindowsOfAnySize) {
   for (const uint32_t window : {1u, 2u, 17u, 32u, 33u, 100u, 1024u}) {
-    const Layer layer{{4, 2, GetParam()}, window, false};
+    const Layer layer{{4, 2, head_dim()}, window, false};
     expect_right(layer, {{window + 40, 1}});
     expect_right(layer, {{window - 1, 1}, {window, 3}, {7, 40}});
   }
@@ -423,13 +582,13 @@ TEST_P(Attention, WindowsOfAnySize) {
 
 TEST_P(Attention, AnyRatioOfHeads) {
   for (const uint32_t ratio : {1u, 2u, 3u, 5u, 7u, 8u, 9u, 16u}) {
-    const Layer layer{{2 * ratio, 2, GetParam()}, 0, true};
+    const Layer layer{{2 * ratio, 2, head_dim()}, 0, true};
     expect_right(layer, {{70, 1}, {45, 1}, {33, 11}});
   }
 }
 
 TEST_P(Attention, SessionsSideBySide) {
-  const Layer layer{{8, 4, GetParam()}, 128, false};
+  const Layer layer{{8, 4, head_dim()}, 128, false};
   expect_right(layer, {{0, 1}, {31, 1}, {500, 1}, {127, 1}, {128, 1}, {3, 1}, {64, 1}, {99, 1}});
   expect_right(layer, {{0, 37}});
   expect_right(layer, {{0, 5}, {31, 2}, {200, 1}, {1000, 65}, {0, 3}, {5, 1}});
@@ -437,7 +596,7 @@ TEST_P(Attention, SessionsSideBySide) {
 
 // Chunks of a prompt: every edge of pages, tiles of keys and windows.
 TEST_P(Attention, ChunksAtEveryEdge) {
-  const Layer full{{4, 1, GetParam()}, 0, true}, sliding{{4, 2, GetParam()}, 100, false};
+  const Layer full{{4, 1, head_dim()}, 0, true}, sliding{{4, 2, head_dim()}, 100, false};
   for (const Layer& layer : {full, sliding}) {
     for (const uint32_t stored : {0u, 1u, 31u, 32u, 97u, 127u, 128u, 130u, 400u}) {
       for (const uint32_t tokens : {2u, 33u}) expect_right(layer, {{stored, tokens}});
@@ -447,56 +606,70 @@ TEST_P(Attention, ChunksAtEveryEdge) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(HeadDims, Attention, testing::Values(64, 128, 256, 512),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(HeadDims, Attention,
+                         testing::Combine(testing::Values(64, 128, 256, 512),
+                                          testing::ValuesIn(kStorages)),
+                         [](const auto& info) {
+                           const Storage& storage = std::get<1>(info.param);
+                           return std::to_string(std::get<0>(info.param)) + "_" +
+                                  std::string(to_string(storage.format)) +
+                                  (storage.shared ? "_shared" : "");
+                         });
 
 // The shapes of the largest model.
 TEST(AttentionShapes, Large) {
   NIBBLE_NEEDS_GPU();
-  expect_right({{32, 16, 256}, 1024, false}, {{5000, 1}});
-  expect_right({{32, 16, 256}, 1024, false}, {{1020, 9}, {5, 1}});
-  expect_right({{32, 4, 512}, 0, true}, {{3000, 1}});
-  expect_right({{32, 4, 512}, 0, true}, {{2000, 1}, {60, 1}, {333, 9}});
-  expect_right({{32, 16, 256}, 1024, false}, {{1000, 40}});
-  expect_right({{32, 4, 512}, 0, true}, {{300, 20}, {0, 20}});
+  for (const Storage& storage : kStorages) {
+    const Layer sliding{{32, 16, 256}, 1024, false}, full{{32, 4, 512}, 0, true};
+    if (!storage.shared) {
+      expect_right(sliding, storage, {{5000, 1}});
+      expect_right(sliding, storage, {{1020, 9}, {5, 1}});
+      expect_right(sliding, storage, {{1000, 40}});
+    }
+    expect_right(full, storage, {{3000, 1}});
+    expect_right(full, storage, {{2000, 1}, {60, 1}, {333, 9}});
+    expect_right(full, storage, {{300, 20}, {0, 20}});
+  }
 }
 
 TEST(AttentionReplay, RepeatsToTheBit) {
   NIBBLE_NEEDS_GPU();
   const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(seed);
-  Step step({{8, 2, 128}, 0, false}, {{700, 1}, {40, 1}, {11, 7}}, seed);
-  step.choose(test::device_shape(), test::matrix_unit());
-  step.run(nullptr);
-  NIBBLE_CUDA(cudaDeviceSynchronize());
-  const std::vector<uint16_t> direct = step.output_bits();
+  for (const Storage& storage : kStorages) {
+    SCOPED_TRACE(std::to_string(seed) + ", " + std::string(to_string(storage.format)));
+    Step step({{8, 2, 128}, 0, false}, storage, {{700, 1}, {40, 1}, {11, 7}}, seed);
+    step.choose(test::device_shape(), test::matrix_unit());
+    step.run(nullptr);
+    NIBBLE_CUDA(cudaDeviceSynchronize());
+    const std::vector<uint16_t> direct = step.output_bits();
 
-  cudaStream_t stream;
-  NIBBLE_CUDA(cudaStreamCreate(&stream));
-  NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  step.run(stream);
-  cudaGraph_t graph;
-  NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
-  cudaGraphExec_t executable;
-  NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-  for (int i = 0; i < 3; ++i) {
-    NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
-    NIBBLE_CUDA(cudaStreamSynchronize(stream));
-    EXPECT_EQ(step.output_bits(), direct);
+    cudaStream_t stream;
+    NIBBLE_CUDA(cudaStreamCreate(&stream));
+    NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    step.run(stream);
+    cudaGraph_t graph;
+    NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
+    cudaGraphExec_t executable;
+    NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+    for (int i = 0; i < 3; ++i) {
+      NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
+      NIBBLE_CUDA(cudaStreamSynchronize(stream));
+      EXPECT_EQ(step.output_bits(), direct);
+    }
+    step.expect_right();
+    NIBBLE_CUDA(cudaGraphExecDestroy(executable));
+    NIBBLE_CUDA(cudaGraphDestroy(graph));
+    NIBBLE_CUDA(cudaStreamDestroy(stream));
   }
-  step.expect_right();
-  NIBBLE_CUDA(cudaGraphExecDestroy(executable));
-  NIBBLE_CUDA(cudaGraphDestroy(graph));
-  NIBBLE_CUDA(cudaStreamDestroy(stream));
 }
 
 TEST(AttentionLimits, HeadsWithoutAKernelAreRefused) {
   AttentionLayer layer = {};
   layer.shape = {4, 2, 96};
-  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1, MatrixUnit::kMma, 0}, {}), Error);
+  EXPECT_THROW(launch_attention(nullptr, layer, {.rows = 1, .single_rows = 1}, {}), Error);
   layer.shape = {4, 2, 64};
-  layer.format = backend::KvFormat::kF32;
-  EXPECT_THROW(launch_attention(nullptr, layer, {1, 1, 1, MatrixUnit::kMma, 0}, {}), Error);
+  layer.kv.format = KvFormat::kF32;
+  EXPECT_THROW(launch_attention(nullptr, layer, {.rows = 1, .single_rows = 1}, {}), Error);
 }
 
 }  // namespace

@@ -1,18 +1,13 @@
-#include "cuda/attention/decode.cuh"
+#include "cuda/attention/decode_teams.cuh"
+#include "cuda/attention/decode_warps.cuh"
 
 namespace nibble::cuda {
 
 void launch_decode_f16(cudaStream_t stream, const AttentionKernelArgs& args) {
-  switch (args.layer.shape.head_dim) {
-    case 64:
-      return launch_decode<KvF16<64>>(stream, args);
-    case 128:
-      return launch_decode<KvF16<128>>(stream, args);
-    case 256:
-      return launch_decode<KvF16<256>>(stream, args);
-    default:
-      return launch_decode<KvF16<512>>(stream, args);
-  }
+  with_head_dim(args, [&]<int kDim>() {
+    if (args.launch.decode.warps > 0) return launch_decode_teams<KvF16<kDim>>(stream, args);
+    launch_decode_warps<F16Rows<kDim>>(stream, args);
+  });
 }
 
 }  // namespace nibble::cuda

@@ -7,43 +7,48 @@
 namespace nibble::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffff;
+inline constexpr uint32_t kNowhere = UINT32_MAX;  // a place that a value does not go to
 
-// Cosines and sines of a row's position, the same for all its heads: computed once by the block's
-// kThreads threads.
-template <int kHeadDim, uint32_t kThreads>
-class Turns {
-  static constexpr uint32_t kEach = (kHeadDim / 2 + kThreads - 1) / kThreads;
-
- public:
-  // Asks for the frequencies, which don't depend on the position.
-  __device__ explicit Turns(const AttentionLayer& layer) {
+// Over kCount lanes that are neighbours.
+template <uint32_t kCount = kLanes>
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (uint32_t i = 0; i < kEach; ++i) {
-      const uint32_t pair = i * kThreads + threadIdx.x;
-      frequencies_[i] = pair < kHeadDim / 2 ? layer.inverse_frequencies[pair] : 0;
-    }
-  }
+  for (uint32_t step = kCount / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// Cosines and sines of a row's position, the same for all its heads: computed once by the whole
+// block.
+template <int kHeadDim>
+class Turns {
+ public:
+  // Asks for the first frequency, which doesn't depend on the position.
+  __device__ explicit Turns(const AttentionLayer& layer)
+      : frequencies_(layer.inverse_frequencies),
+        first_(threadIdx.x < kHeadDim / 2 ? frequencies_[threadIdx.x] : 0) {}
 
   // To shared memory; a barrier must follow.
-  __device__ void compute(uint32_t position, float2 (&turns)[kHeadDim / 2]) const {
+  __device__ void compute(uint32_t position, float2* turns) const {  // [kHeadDim / 2]
+    float frequency = first_;
 #pragma unroll 1  // code that runs once is slower to fetch than to run
-    for (uint32_t i = 0; i < kEach; ++i) {
-      const uint32_t pair = i * kThreads + threadIdx.x;
+    for (uint32_t pair = threadIdx.x; pair < kHeadDim / 2;) {
       float2 turn = {1, 0};
-      const float frequency = i == 0 ? frequencies_[0] : frequencies_[kEach - 1];
       if (frequency != 0) sincosf(float(position) * frequency, &turn.y, &turn.x);
-      if (pair < kHeadDim / 2) turns[pair] = turn;
+      turns[pair] = turn;
+      pair += blockDim.x;
+      if (pair < kHeadDim / 2) frequency = frequencies_[pair];
     }
   }
 
  private:
-  static_assert(kEach <= 2);
-  float frequencies_[kEach];
+  const float* frequencies_;
+  float first_;
 };
 
 enum class HeadKind { kQuery, kKey, kValue };
 
-template <int kHeadDim>
+// kShared: for layers that may have shared rows.
+template <int kHeadDim, bool kShared = false>
 class WarpHead {
   static constexpr int kPairs = kHeadDim / 64;
 
@@ -58,10 +63,19 @@ class WarpHead {
     if (kind == HeadKind::kValue && !layer.value_is_key) column_ += shape.kv_heads;
     column_ *= kHeadDim;
     const float* const weight = norm(layer).weight;
+    // A shared row has the key without its norm's weight, but for the RoPE block.
+    const uint32_t rope_half = layer.kv.order.rope_dims / 2;
+    const float* const key_weight =
+        kShared && kind == HeadKind::kQuery && layer.kv.shared ? layer.key_norm.weight : nullptr;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      weight_low_[i] = weight ? weight[lane + 32 * i] : 1.0f;
-      weight_high_[i] = weight ? weight[lane + 32 * i + kHeadDim / 2] : 1.0f;
+      const uint32_t d = lane + 32 * i;
+      weight_low_[i] = weight ? weight[d] : 1.0f;
+      weight_high_[i] = weight ? weight[d + kHeadDim / 2] : 1.0f;
+      if constexpr (kShared) {
+        key_weight_low_[i] = key_weight && d >= rope_half ? key_weight[d] : 1.0f;
+        key_weight_high_[i] = key_weight && d >= rope_half ? key_weight[d + kHeadDim / 2] : 1.0f;
+      }
     }
   }
 
@@ -84,58 +98,45 @@ class WarpHead {
     }
   }
 
-  // Norm and RoPE. Queries come out multiplied by scale * log2(e), so that softmax is a power of 2.
-  __device__ void finish(const AttentionLayer& layer, const float2 (&turns)[kHeadDim / 2]) {
-    const HeadNorm& norm = this->norm(layer);
-    if (norm.enabled) normalise(norm.epsilon);
+  // Norm and RoPE. Queries come out multiplied by scale * log2(e), so that softmax is a power of 2,
+  // and ready for the layer's rows.
+  __device__ void finish(const AttentionLayer& layer, const float2* turns) {
+    normalise(layer);
+    weigh();
     if (kind_ != HeadKind::kValue) rotate(turns);
     if (kind_ != HeadKind::kQuery) return;
     constexpr float kLog2E = 1.4426950408889634f;
     const float scale = layer.scale * kLog2E;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
+      low_[i] *= kShared ? scale * key_weight_low_[i] : scale;
+      high_[i] *= kShared ? scale * key_weight_high_[i] : scale;
+    }
+  }
+
+  // Its parts: the norm without its weight, the weight, RoPE.
+  __device__ void normalise(const AttentionLayer& layer) {
+    const HeadNorm& norm = this->norm(layer);
+    if (!norm.enabled) return;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) squares += low_[i] * low_[i] + high_[i] * high_[i];
+    squares = warp_sum(squares);
+    const float scale = 1.0f / sqrtf(squares / kHeadDim + norm.epsilon);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
       low_[i] *= scale;
       high_[i] *= scale;
     }
   }
-
-  // As f16, dimension d at place(d).
-  template <class Place>
-  __device__ void store(const Place& place) const {
+  __device__ void weigh() {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const uint32_t d = lane_ + 32 * i;
-      *place(d) = __float2half_rn(low_[i]);
-      *place(d + kHeadDim / 2) = __float2half_rn(high_[i]);
+      low_[i] *= weight_low_[i];
+      high_[i] *= weight_high_[i];
     }
   }
-  // Chunks of 16 bytes change places by `swizzle`.
-  __device__ void store(void* row, uint32_t swizzle) const {
-    __half* const to = static_cast<__half*>(row);
-    store([&](uint32_t d) { return to + ((d / 8) ^ swizzle) * 8 + d % 8; });
-  }
-
- private:
-  __device__ const HeadNorm& norm(const AttentionLayer& layer) const {
-    if (kind_ == HeadKind::kQuery) return layer.query_norm;
-    return kind_ == HeadKind::kKey ? layer.key_norm : layer.value_norm;
-  }
-
-  __device__ void normalise(float epsilon) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) squares += low_[i] * low_[i] + high_[i] * high_[i];
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
-    const float scale = 1.0f / sqrtf(squares / kHeadDim + epsilon);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      low_[i] *= scale * weight_low_[i];
-      high_[i] *= scale * weight_high_[i];
-    }
-  }
-
-  __device__ void rotate(const float2 (&turns)[kHeadDim / 2]) {
+  __device__ void rotate(const float2* turns) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float x = low_[i], y = high_[i];
@@ -145,10 +146,28 @@ class WarpHead {
     }
   }
 
+  // body(d, x) for the lane's values: x is dimension d.
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const uint32_t d = lane_ + 32 * i;
+      body(d, low_[i]);
+      body(d + kHeadDim / 2, high_[i]);
+    }
+  }
+
+ private:
+  __device__ const HeadNorm& norm(const AttentionLayer& layer) const {
+    if (kind_ == HeadKind::kQuery) return layer.query_norm;
+    return kind_ == HeadKind::kKey ? layer.key_norm : layer.value_norm;
+  }
+
   HeadKind kind_;
   uint32_t column_, lane_;
   float low_[kPairs], high_[kPairs];
   float weight_low_[kPairs], weight_high_[kPairs];
+  float key_weight_low_[kShared ? kPairs : 1], key_weight_high_[kShared ? kPairs : 1];  // a query's
 };
 
 }  // namespace nibble::cuda

@@ -14,11 +14,34 @@ struct AttentionKernelArgs {
   __half* queries;  // the workspace
 };
 
-// Single rows. For one format, instances by head_dim.
+// Single rows.
 void launch_decode_f16(cudaStream_t stream, const AttentionKernelArgs& args);
-// The other rows: queries to the workspace, keys and values to their pages; then attention.
+void launch_decode_q8(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_decode_tq4(cudaStream_t stream, const AttentionKernelArgs& args);
+// The other rows: queries to the workspace, keys and values to their pages; then attention; then,
+// where restores_results(), what it left in the workspace to the output.
 void launch_store_f16(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_store_q8(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_store_tq4(cudaStream_t stream, const AttentionKernelArgs& args);
 void launch_prefill_f16_wgmma(cudaStream_t stream, const AttentionKernelArgs& args);
 void launch_prefill_f16_mma(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_prefill_q8_mma(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_prefill_tq4_mma(cudaStream_t stream, const AttentionKernelArgs& args);
+void launch_restore(cudaStream_t stream, const AttentionKernelArgs& args);
+
+// Calls body<head_dim>() for a head_dim that kernels exist for.
+template <class Body>
+void with_head_dim(const AttentionKernelArgs& args, const Body& body) {
+  switch (args.layer.shape.head_dim) {
+    case 64:
+      return body.template operator()<64>();
+    case 128:
+      return body.template operator()<128>();
+    case 256:
+      return body.template operator()<256>();
+    default:
+      return body.template operator()<512>();
+  }
+}
 
 }  // namespace nibble::cuda

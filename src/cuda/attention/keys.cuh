@@ -5,14 +5,16 @@
 
 namespace nibble::cuda {
 
-// Positions [first, position], in tiles of kKeyTile that begin at `first`.
+// Positions [first, position], in tiles of kKeyTile from `begin` on, the last multiple of `align`
+// that is not behind `first`.
 struct VisibleKeys {
-  uint32_t first, tiles;
+  uint32_t first, begin, tiles;
 
-  __device__ VisibleKeys(uint32_t position, uint32_t window) {
+  __device__ VisibleKeys(uint32_t position, uint32_t window, uint32_t align = 1) {
     const uint32_t count = window == 0 ? position + 1 : min(position + 1, window);
     first = position + 1 - count;
-    tiles = (count + kKeyTile - 1) / kKeyTile;
+    begin = first - first % align;
+    tiles = (position - begin) / kKeyTile + 1;
   }
 
   // Splits with tiles come first.
@@ -22,11 +24,19 @@ struct VisibleKeys {
   }
 };
 
-// A head's row of keys (or values) in a page. `offset` is the layer's.
-__device__ __forceinline__ char* page_row(uint64_t page, uint64_t offset, uint32_t kv_head,
-                                          uint32_t position, uint32_t row_bytes) {
-  const uint32_t row = kv_head * backend::kKvPageTokens + position % backend::kKvPageTokens;
-  return reinterpret_cast<char*>(page) + offset + uint64_t(row) * row_bytes;
+// A stored key or value, or a row that serves both.
+struct KvRow {
+  char* numbers;
+  __half* scales;
+};
+
+// A head's row in a page. `offset`: the keys' or the values' of the layer.
+__device__ __forceinline__ KvRow page_row(uint64_t page, const KvRows& kv, uint64_t offset,
+                                          uint32_t kv_head, uint32_t position) {
+  const uint32_t row = position % backend::kKvPageTokens;
+  char* const head = reinterpret_cast<char*>(page) + offset + uint64_t(kv_head) * kv.head_bytes;
+  char* const scales = head + backend::kKvPageTokens * kv.row_bytes;
+  return {head + row * kv.row_bytes, reinterpret_cast<__half*>(scales) + row * kv.row_scales};
 }
 
 __device__ __forceinline__ const uint64_t* page_table(const AttentionArgs& step,

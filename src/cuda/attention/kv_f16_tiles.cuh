@@ -18,7 +18,6 @@ inline constexpr uint32_t kKeysPerTile = 128;
 template <int kDim>
 class KvF16Tiles {
   static constexpr uint32_t kTilePages = kKeysPerTile / backend::kKvPageTokens;
-  static constexpr uint32_t kRowBytes = 2 * kDim;
   static constexpr uint32_t kBoxKeys = 16;
   static constexpr uint32_t kBoxBytes = kBoxKeys * 128;
 
@@ -33,10 +32,10 @@ class KvF16Tiles {
 
  public:
   // The kernel's, of all memory.
-  static CUtensorMap map() { return address_map(kBoxKeys, kRowBytes); }
+  static CUtensorMap map(const KvRows& kv) { return address_map(kBoxKeys, kv.row_bytes); }
 
 #if NIBBLE_HAS_WGMMA
-  // `offset`: keys' or values' of the layer. For all lanes of a warp.
+  // `offset`: of the layer's keys or values in a page. For all lanes of a warp.
   __device__ __forceinline__ KvF16Tiles(const AttentionKernelArgs& args, const CUtensorMap& map,
                                         uint64_t offset, uint32_t kv_head)
       : args_(args), map_(map), offset_(offset), kv_head_(kv_head) {}
@@ -75,9 +74,8 @@ class KvF16Tiles {
     const Box box = box_at(index);
     const uint64_t page = __shfl_sync(kAllLanes, pages_, box.group / 2);
     if (lane >= kBoxes) return;
-    const uint64_t address =
-        uint64_t(page_row(page, offset_, kv_head_, box.group % 2 * kBoxKeys, kRowBytes)) +
-        box.block * 128;
+    const KvRow row = page_row(page, args_.layer.kv, offset_, kv_head_, box.group % 2 * kBoxKeys);
+    const uint64_t address = uint64_t(row.numbers) + box.block * 128;
     const int at[] = {0, 0, int(address >> 4 & 0xfff), int(address >> 16)};
     ptx::tensor_copy(slot + index * kBoxBytes, map_, at, full, 0b11);
   }

@@ -14,35 +14,87 @@
 #include "cuda/attention/heads.cuh"
 #include "cuda/attention/kv_f16.cuh"
 #include "cuda/attention/query_tiles.cuh"
-#include "cuda/layouts/activations.cuh"
 #include "cuda/runtime.h"
 
 namespace nibble::cuda {
 
 inline constexpr uint32_t kPageTokens = backend::kKvPageTokens;
 
+// Brings pages of f16.
+struct CopyRows {
+  // What is in one page, from byte `begin` of the rows on, by all threads; rows from `rows` on
+  // become zeros.
+  template <int kDim, uint32_t kThreads>
+  __device__ static __forceinline__ void load(const KvRows& kv, const KvRow& page, uint32_t begin,
+                                              uint32_t rows, uint32_t to) {
+    using Page = F16Rows<kDim>;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < kPageTokens * Page::kChunks; i += kThreads) {
+      const uint32_t row = i / Page::kChunks, chunk = i % Page::kChunks;
+      const char* const from = page.numbers + row * kv.row_bytes + begin * 2 + chunk * 16;
+      ptx::copy_async_16_or_zero(to + Page::chunk_at(row, chunk), row < rows ? from : page.numbers,
+                                 row < rows);
+    }
+  }
+};
+
+// Brings pages of compressed rows, and leaves them as f16.
+template <class Codec>
+struct DecodeRows {
+  template <int kDim, uint32_t kThreads>
+  __device__ static __forceinline__ void load(const KvRows& kv, const KvRow& page, uint32_t begin,
+                                              uint32_t rows, uint32_t to) {
+    using Page = F16Rows<kDim>;
+    constexpr uint32_t kEightBytes = Codec::kEightWords * 4;
+    const uint32_t block_bits = __popc(kv.block - 1);
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < kPageTokens * Page::kChunks; i += kThreads) {
+      const uint32_t row = i / Page::kChunks, chunk = i % Page::kChunks;
+      const uint32_t eight = begin / 8 + chunk;
+      __half2 values[4] = {};
+      if (row < rows) {
+        using Words = AlignedWords<Codec::kEightWords>;
+        const Words words = *reinterpret_cast<const Words*>(page.numbers + row * kv.row_bytes +
+                                                            eight * kEightBytes);
+        Codec::decode(words.word, values);
+        const __half scale = page.scales[row * kv.row_scales + (eight * 8 >> block_bits)];
+#pragma unroll
+        for (__half2& pair : values) pair = __hmul2(pair, __half2half2(scale));
+      }
+      ptx::store_shared(to + Page::chunk_at(row, chunk), *reinterpret_cast<const uint4*>(values));
+    }
+  }
+
+ private:
+  template <uint32_t kWords>
+  struct alignas(4 * kWords) AlignedWords {
+    uint32_t word[kWords];
+  };
+};
+
 // Dynamic shared memory; the results stand where queries, pages and weights were, at the end.
-template <class Kv, uint32_t kTileIndex>
+template <int kDim, uint32_t kTileIndex>
 struct PrefillMmaShared {
   static constexpr MmaTile kTile = kMmaTiles[kTileIndex];
-  static constexpr uint32_t kPageBytes = kPageTokens * Kv::kRowBytes;
-  static constexpr uint32_t kKeys = kTile.queries * Kv::kRowBytes;
+  static constexpr uint32_t kPageBytes = kPageTokens * 2 * kDim;
+  static constexpr uint32_t kKeys = kTile.queries * 2 * kDim;
   static constexpr uint32_t kValues = kKeys + kTile.pages * kPageBytes;
   static constexpr uint32_t kWeights = kValues + kTile.pages * kPageBytes;
   static constexpr uint32_t kWeightStride = kPageTokens * 2 + 16;  // of a query: other banks
   static constexpr uint32_t kLargest = kWeights + kTile.queries * kWeightStride;  // [2][queries]
   static constexpr uint32_t kBytes = kLargest + 2 * kTile.queries * 4;
-  static constexpr uint32_t kResultStride = Kv::kHeadDim + 4;  // in floats
-  static_assert(kBytes == kTile.shared_bytes(Kv::kHeadDim));
+  static constexpr uint32_t kResultStride = kDim + 4;  // in floats
+  static_assert(kBytes == kTile.shared_bytes(kDim));
   static_assert(kTile.queries * kResultStride * 4 <= kLargest);
 };
 
-template <class Kv, uint32_t kTileIndex>
+template <class Rows, int kDim, uint32_t kTileIndex>
 class PrefillMmaBlock {
-  using Shared = PrefillMmaShared<Kv, kTileIndex>;
+  using Shared = PrefillMmaShared<kDim, kTileIndex>;
+  using Page = F16Rows<kDim>;
   static constexpr MmaTile kTile = kMmaTiles[kTileIndex];
   static constexpr uint32_t kParts = kTile.queries / 16;
-  static constexpr int kDimTiles = Kv::kHeadDim / 2 / 8;  // of a warp's half
+  static constexpr int kDimTiles = kDim / 2 / 8;  // of a warp's half
 
  public:
   __device__ PrefillMmaBlock(const AttentionKernelArgs& args, char* shared)
@@ -78,31 +130,28 @@ class PrefillMmaBlock {
     const uint4* const from =
         reinterpret_cast<const uint4*>(args_.queries + tiles_.tile(tile_, kv_head_)) +
         first_query_ * 8;
-    for (uint32_t i = threadIdx.x; i < kTile.queries * Kv::kChunks; i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < kTile.queries * Page::kChunks; i += blockDim.x)
       ptx::copy_async_16(shared_ + i * 16, from + i / kChunks * (kQueryTile * 8) + i % kChunks);
   }
 
-  // Brings a page's keys or values; rows that hold none become zeros.
-  __device__ void ask(const Run& run, uint32_t page, uint32_t to, uint64_t layer_offset) const {
+  // Brings a page's keys or values, which begin at value `begin` of a row.
+  __device__ void ask(const Run& run, uint32_t page, uint32_t to, uint64_t layer_offset,
+                      uint32_t begin) const {
     if (page < run.pages_end) {
+      const KvRows& kv = args_.layer.kv;
       const uint64_t* const table = page_table(args_.step, args_.step.places[run.begin].sequence);
-      const char* const from = page_row(table[page], layer_offset, kv_head_, 0, Kv::kRowBytes);
-      const uint32_t rows = run.stored - page * kPageTokens;
-#pragma unroll 4
-      for (uint32_t i = threadIdx.x; i < kPageTokens * Kv::kChunks; i += kTile.threads()) {
-        const uint32_t row = i / Kv::kChunks, chunk = i % Kv::kChunks;
-        ptx::copy_async_16_or_zero(
-            to + page % kTile.pages * Shared::kPageBytes + Kv::chunk_at(row, chunk),
-            row < rows ? from + i * 16 : from, row < rows);
-      }
+      Rows::template load<kDim, kTile.threads()>(
+          kv, page_row(table[page], kv, layer_offset, kv_head_, 0), begin,
+          run.stored - page * kPageTokens, to + page % kTile.pages * Shared::kPageBytes);
     }
     ptx::copy_async_commit();
   }
   __device__ void ask_keys(const Run& run, uint32_t page) const {
-    ask(run, page, shared_address_ + Shared::kKeys, args_.layer.key_offset);
+    ask(run, page, shared_address_ + Shared::kKeys, args_.layer.kv.key_offset, 0);
   }
   __device__ void ask_values(const Run& run, uint32_t page) const {
-    ask(run, page, shared_address_ + Shared::kValues, args_.layer.value_offset);
+    const KvRows& kv = args_.layer.kv;
+    ask(run, page, shared_address_ + Shared::kValues, kv.value_offset, kv.order.value_begin());
   }
 
   // Rows row_part + g and + 8 by the 16 keys of this warp's half of the page.
@@ -111,14 +160,14 @@ class PrefillMmaBlock {
     const uint32_t query_at = shared_address_ + query * 128;
     const uint32_t query_chunk = lane_ / 16 ^ query % 8;
     const uint32_t key_at = shared_address_ + Shared::kKeys +
-                            page % kTile.pages * Shared::kPageBytes + half_ * 16 * Kv::kRowBytes +
-                            Kv::template square_at<false>(lane_);
+                            page % kTile.pages * Shared::kPageBytes + half_ * 16 * Page::kRowBytes +
+                            Page::template square_at<false>(lane_);
 #pragma unroll
-    for (int step = 0; step < Kv::kHeadDim / 16; ++step) {
+    for (int step = 0; step < kDim / 16; ++step) {
       uint32_t left[4], key[4];
       ptx::load_matrices(
           left, query_at + step / 4 * (kTile.queries * 128) + (query_chunk ^ step % 4 * 2) * 16);
-      ptx::load_matrices(key, Kv::skip_chunks(key_at, 2 * step));
+      ptx::load_matrices(key, Page::skip_chunks(key_at, 2 * step));
       ptx::multiply_add(scores[0], left, key[0], key[1]);
       ptx::multiply_add(scores[1], left, key[2], key[3]);
     }
@@ -182,21 +231,21 @@ class PrefillMmaBlock {
   }
 
   __device__ void add_values(uint32_t page) {
-    const uint32_t value_at = Kv::skip_chunks(shared_address_ + Shared::kValues +
-                                                  page % kTile.pages * Shared::kPageBytes +
-                                                  Kv::template square_at<true>(lane_),
-                                              half_ * Kv::kChunks / 2);
+    const uint32_t value_at = Page::skip_chunks(shared_address_ + Shared::kValues +
+                                                    page % kTile.pages * Shared::kPageBytes +
+                                                    Page::template square_at<true>(lane_),
+                                                half_ * Page::kChunks / 2);
     const uint32_t weight_at = shared_address_ + Shared::kWeights +
                                (row_part_ + lane_ % 16) * Shared::kWeightStride + lane_ / 16 * 16;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       uint32_t weights[4];
       ptx::load_matrices(weights, weight_at + step * 32);
-      const uint32_t rows_at = value_at + step * 16 * Kv::kRowBytes;
+      const uint32_t rows_at = value_at + step * 16 * Page::kRowBytes;
 #pragma unroll
       for (int tile = 0; tile < kDimTiles; tile += 2) {
         uint32_t value[4];
-        ptx::load_matrices_transposed(value, Kv::skip_chunks(rows_at, tile));
+        ptx::load_matrices_transposed(value, Page::skip_chunks(rows_at, tile));
         ptx::multiply_add(results_[tile], weights, value[0], value[1]);
         ptx::multiply_add(results_[tile + 1], weights, value[2], value[3]);
       }
@@ -237,7 +286,7 @@ class PrefillMmaBlock {
       sums_[i] += __shfl_xor_sync(kAllLanes, sums_[i], 2);
     }
     __syncthreads();
-    const uint32_t first_dim = half_ * Kv::kHeadDim / 2 + lane_ % 4 * 2;
+    const uint32_t first_dim = half_ * kDim / 2 + lane_ % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       all_sums[half_ * kTile.queries + query + 8 * i] = sums_[i];
@@ -247,7 +296,7 @@ class PrefillMmaBlock {
                                    8 * tile) = {results_[tile][2 * i], results_[tile][2 * i + 1]};
     }
     __syncthreads();
-    constexpr uint32_t kEights = Kv::kHeadDim / 8;
+    constexpr uint32_t kEights = kDim / 8;
     for (uint32_t i = threadIdx.x; i < kTile.queries * kEights; i += blockDim.x) {
       const uint32_t q = i / kEights, dim = i % kEights * 8;
       const uint32_t row = first_row_ + (first_query_ + q) / tiles_.ratio;
@@ -256,8 +305,7 @@ class PrefillMmaBlock {
       float values[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] = results[q * Shared::kResultStride + dim + j] * scale;
-      const uint32_t head = kv_head_ * tiles_.ratio + (first_query_ + q) % tiles_.ratio;
-      store_activations(args_.step.output, row, head * Kv::kHeadDim + dim, values);
+      store_result(args_, tiles_, tile_, kv_head_, first_query_ + q, dim, values);
     }
   }
 
@@ -277,20 +325,20 @@ class PrefillMmaBlock {
   float sums_[2] = {};  // over this lane's keys
 };
 
-template <class Kv, uint32_t kTileIndex>
+template <class Rows, int kDim, uint32_t kTileIndex>
 __global__ void __launch_bounds__(kMmaTiles[kTileIndex].threads(), 1)
     prefill_mma(const __grid_constant__ AttentionKernelArgs args) {
   extern __shared__ __align__(128) char shared[];
   ptx::launch_dependents();
   ptx::wait_for_dependencies();
-  PrefillMmaBlock<Kv, kTileIndex>(args, shared).run();
+  PrefillMmaBlock<Rows, kDim, kTileIndex>(args, shared).run();
 }
 
-template <class Kv, uint32_t kTileIndex>
+template <class Rows, int kDim, uint32_t kTileIndex>
 void launch_prefill_mma(cudaStream_t stream, const AttentionKernelArgs& args) {
   constexpr MmaTile kTile = kMmaTiles[kTileIndex];
-  constexpr uint32_t kBytes = PrefillMmaShared<Kv, kTileIndex>::kBytes;
-  const auto kernel = prefill_mma<Kv, kTileIndex>;
+  constexpr uint32_t kBytes = PrefillMmaShared<kDim, kTileIndex>::kBytes;
+  const auto kernel = prefill_mma<Rows, kDim, kTileIndex>;
   NIBBLE_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes)));
   const backend::AttentionShape& shape = args.layer.shape;

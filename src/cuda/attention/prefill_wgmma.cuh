@@ -21,7 +21,6 @@
 #include "cuda/attention/heads.cuh"
 #include "cuda/attention/kv_f16_tiles.cuh"
 #include "cuda/attention/query_tiles.cuh"
-#include "cuda/layouts/activations.cuh"
 #include "cuda/ptx_hopper.cuh"
 #include "cuda/ring.cuh"
 #include "cuda/runtime.h"
@@ -124,12 +123,13 @@ class PrefillWgmmaBlock {
   }
 
   __device__ __forceinline__ void load_keys(const CUtensorMap& map) const {
-    Kv kv(args_, map, args_.layer.key_offset, kv_head_);
+    Kv kv(args_, map, args_.layer.kv.key_offset, kv_head_);
     load(kv, shared_ + Shape::kKeysAt, keys_full_, keys_free_,
          [&](char* slot, uint32_t i, uint64_t* full) { kv.load_keys(slot, i, full); });
   }
   __device__ __forceinline__ void load_values(const CUtensorMap& map) const {
-    Kv kv(args_, map, args_.layer.value_offset, kv_head_);
+    const KvRows& rows = args_.layer.kv;
+    Kv kv(args_, map, rows.value_offset + 2 * rows.order.value_begin(), kv_head_);
     load(kv, shared_ + Shape::kValuesAt, values_full_, values_free_,
          [&](char* slot, uint32_t i, uint64_t* full) { kv.load_values(slot, i, full); });
   }
@@ -456,7 +456,6 @@ class PrefillWgmmaBlock {
       const uint32_t in_tile = query / tiles_.ratio;
       const uint32_t row = args_.launch.single_rows + tile * tiles_.tile_tokens + in_tile;
       const bool exists = in_tile < tiles_.tile_tokens && row < args_.launch.rows;
-      const uint32_t head = kv_head_ * tiles_.ratio + query % tiles_.ratio;
 #pragma unroll
       for (uint32_t j = 0; j < Shape::kValueDims / 32; ++j) {
         uint32_t pairs[4];
@@ -474,8 +473,8 @@ class PrefillWgmmaBlock {
           eight[2 * k] = pair.x, eight[2 * k + 1] = pair.y;
         }
         if (exists)
-          store_activations(args_.step.output, row,
-                            head * Shape::kHeadDim + first_dim + 32 * j + lane_ % 4 * 8, eight);
+          store_result(args_, tiles_, tile, kv_head_, query, first_dim + 32 * j + lane_ % 4 * 8,
+                       eight);
       }
     }
   }
@@ -539,7 +538,7 @@ void launch_prefill_wgmma(cudaStream_t stream, const AttentionKernelArgs& args) 
       kClusterBlocks * PrefillWgmmaShape<Kv>::kQueryTiles * query_tile_tokens(shape);
   const uint32_t clusters = (rows + cluster_rows - 1) / cluster_rows * shape.kv_heads;
   launch_dependent(stream, kernel, clusters * kClusterBlocks, 4 * kWarpgroup, kBytes, args,
-                   Kv::map());
+                   Kv::map(args.layer.kv));
 }
 
 }  // namespace nibble::cuda

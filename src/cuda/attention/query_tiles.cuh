@@ -3,6 +3,7 @@
 // of rows of one sequence.
 
 #include "cuda/attention/keys.cuh"
+#include "cuda/layouts/activations.cuh"
 
 namespace nibble::cuda {
 
@@ -27,6 +28,26 @@ struct QueryTiles {
     return dim / 64 * (kQueryTile * 64) + query * 64 + ((dim / 8 ^ query) % 8) * 8 + dim % 8;
   }
 };
+
+// Columns [dim, dim + 8) of a query's result; as store_activations() wants to be called. Results
+// that are to be restored take the query's place.
+__device__ __forceinline__ void store_result(const AttentionKernelArgs& args,
+                                             const QueryTiles& tiles, uint32_t tile,
+                                             uint32_t kv_head, uint32_t query, uint32_t dim,
+                                             const float (&values)[8]) {
+  if (args.layer.kv.restores_results()) {
+    __half2 halves[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) halves[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+    *reinterpret_cast<uint4*>(args.queries + tiles.tile(tile, kv_head) +
+                              QueryTiles::in_tile(query, dim)) =
+        *reinterpret_cast<const uint4*>(halves);
+    return;
+  }
+  const uint32_t row = args.launch.single_rows + tile * tiles.tile_tokens + query / tiles.ratio;
+  const uint32_t head = kv_head * tiles.ratio + query % tiles.ratio;
+  store_activations(args.step.output, row, head * tiles.head_dim + dim, values);
+}
 
 // Rows of one sequence among a block's, and the keys they see.
 struct Run {

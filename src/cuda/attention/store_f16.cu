@@ -1,18 +1,10 @@
+#include "cuda/attention/kv_f16.cuh"
 #include "cuda/attention/store.cuh"
 
 namespace nibble::cuda {
 
 void launch_store_f16(cudaStream_t stream, const AttentionKernelArgs& args) {
-  switch (args.layer.shape.head_dim) {
-    case 64:
-      return launch_store<KvF16<64>>(stream, args);
-    case 128:
-      return launch_store<KvF16<128>>(stream, args);
-    case 256:
-      return launch_store<KvF16<256>>(stream, args);
-    default:
-      return launch_store<KvF16<512>>(stream, args);
-  }
+  with_head_dim(args, [&]<int kDim>() { launch_store<KvF16<kDim>>(stream, args); });
 }
 
 }  // namespace nibble::cuda

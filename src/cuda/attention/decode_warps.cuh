@@ -1,5 +1,7 @@
 #pragma once
-// Attention of single rows, norms, RoPE and storing included.
+// Attention of single rows over keys and values of f16 in rows of their own, norms, RoPE and
+// storing included: bounded by the bytes, so a warp takes whole keys. decode_teams.cuh has the
+// other forms.
 //
 // A block has one row, one KV head with up to 8 of its query heads, and a share of the keys that
 // the row sees. Its warps work by themselves, each on every kWarps-th tile of 16 keys: they keep a
@@ -11,22 +13,16 @@
 
 #include <cmath>
 
+#include "cuda/attention/decode_block.cuh"
 #include "cuda/attention/heads.cuh"
 #include "cuda/attention/keys.cuh"
 #include "cuda/attention/kv_f16.cuh"
-#include "cuda/attention/merge.cuh"
 #include "cuda/runtime.h"
 
 namespace nibble::cuda {
 
-// Warps of a block: as many as have room for their tiles in shared memory.
 template <class Kv>
-inline constexpr uint32_t kDecodeWarps = Kv::kHeadDim <= 256 ? 8 : 6;
-
-// Splits that a lane merges at a time. The largest heads come with the fewest KV heads and so with
-// the most splits.
-template <class Kv>
-inline constexpr uint32_t kMergeBatch = Kv::kHeadDim <= 256 ? 2 : 9;
+inline constexpr uint32_t kDecodeWarps = decode_warps(Kv::kHeadDim);
 
 // Dynamic shared memory: per warp a tile of keys and one of values, where its results stand at the
 // end; then the queries, the row's own key and value, the warps' statistics, and RoPE's turns.
@@ -44,29 +40,10 @@ struct DecodeShared {
   static constexpr uint32_t kSums = kLargest + kWarps * kQueryColumns * 4;
   static constexpr uint32_t kTurns = kSums + kWarps * kQueryColumns * 4;
   static constexpr uint32_t kBytes = kTurns + Kv::kHeadDim / 2 * 8;
+  static_assert(kBytes == decode_warps_bytes(Kv::kHeadDim));
 
-  using Turns = float2[Kv::kHeadDim / 2];
-  __device__ static Turns& turns(char* shared) {
-    return *reinterpret_cast<Turns*>(shared + kTurns);
-  }
-};
-
-// Which part of the work a block has. The grid is [splits, KV heads x groups of their queries,
-// rows].
-struct DecodeBlock {
-  uint32_t row, kv_head, first_query, queries, split;
-  bool leads_kv_head;  // has the first of its queries
-  uint32_t index;      // among the blocks of this split
-
-  __device__ explicit DecodeBlock(const backend::AttentionShape& shape)
-      : row(blockIdx.z), split(blockIdx.x), index(blockIdx.z * gridDim.y + blockIdx.y) {
-    const uint32_t ratio = shape.query_heads / shape.kv_heads;
-    const uint32_t groups = gridDim.y / shape.kv_heads;
-    kv_head = blockIdx.y / groups;
-    const uint32_t group = blockIdx.y % groups;
-    first_query = kv_head * ratio + group * kQueryColumns;
-    queries = min(ratio - group * kQueryColumns, kQueryColumns);
-    leads_kv_head = group == 0;
+  __device__ static float2* turns(char* shared) {
+    return reinterpret_cast<float2*>(shared + kTurns);
   }
 };
 
@@ -95,10 +72,9 @@ class TileReader {
     const uint32_t stored = position_ - begin;
     const uint32_t in_first_page =
         backend::kKvPageTokens - begin % backend::kKvPageTokens;  // rows before the second page
-    const char* const first_page =
-        page_row(pages_[0], layer_offset, kv_head_, begin, Kv::kRowBytes);
-    const char* const second_page = page_row(pages_[1], layer_offset, kv_head_, 0, Kv::kRowBytes) -
-                                    uint64_t(in_first_page) * Kv::kRowBytes;
+    const char* const first_page = row_of(pages_[0], layer_offset, begin);
+    const char* const second_page =
+        row_of(pages_[1], layer_offset, 0) - uint64_t(in_first_page) * Kv::kRowBytes;
 #pragma unroll 4  // code that runs once is slower to fetch than to run
     for (uint32_t i = 0; i < kKeyTile * Kv::kChunks / kLanes; ++i) {
       const uint32_t row = (i * kLanes + lane_) / Kv::kChunks;
@@ -111,85 +87,59 @@ class TileReader {
   }
 
  private:
+  __device__ const char* row_of(uint64_t page, uint64_t layer_offset, uint32_t position) const {
+    const uint32_t row = kv_head_ * backend::kKvPageTokens + position % backend::kKvPageTokens;
+    return reinterpret_cast<const char*>(page) + layer_offset + uint64_t(row) * Kv::kRowBytes;
+  }
+
   const uint64_t* table_;
   uint32_t kv_head_, position_, first_, lane_;
   uint64_t pages_[2];
 };
 
-// A warp's running softmax over its tiles. Lane 4 g + t has the queries 2t and 2t + 1.
+// Scores of 16 keys, transposed.
 template <class Kv>
-struct DecodeState {
-  static constexpr int kDimTiles = Kv::kHeadDim / 16;
-  float results[kDimTiles][4];  // [dims g and g + 8][queries]
-  float largest[2];
-  float sums[2];  // of the keys g and g + 8 alone
-
-  __device__ DecodeState() : results{}, largest{-INFINITY, -INFINITY}, sums{} {}
-
-  // Scores of 16 keys, transposed.
-  __device__ static void scores(uint32_t keys, uint32_t queries, uint32_t lane,
-                                float (&scores)[4]) {
-    const uint32_t key_at = keys + Kv::template square_at<true>(lane);
-    const uint32_t query_at = queries + Kv::chunk_at(lane % 8, lane / 8);
-    float chains[4][4] = {};  // independent sums: the instruction's latency is long
-#pragma unroll 2              // as above
-    for (int line = 0; line < kDimTiles / 4; ++line) {
+__device__ __forceinline__ void tile_scores(uint32_t keys, uint32_t queries, uint32_t lane,
+                                            float (&scores)[4]) {
+  const uint32_t key_at = keys + Kv::template square_at<true>(lane);
+  const uint32_t query_at = queries + Kv::chunk_at(lane % 8, lane / 8);
+  float chains[4][4] = {};  // independent sums: the instruction's latency is long
+#pragma unroll 2            // as above
+  for (int line = 0; line < Kv::kHeadDim / 64; ++line) {
 #pragma unroll
-      for (int step = 0; step < 4; step += 2) {
-        uint32_t query[4], key[4];
-        ptx::load_matrices(query, Kv::skip_chunks(query_at + line * 128, 2 * step));
-        ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step));
-        ptx::multiply_add(chains[step], key, query[0], query[1]);
-        ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step + 2));
-        ptx::multiply_add(chains[step + 1], key, query[2], query[3]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      scores[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
-  }
-
-  // Scores to weights, as the second operand of the product with the values.
-  __device__ void weigh(const float (&scores)[4], uint32_t (&weights)[2]) {
-    float next[2], shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      next[i] = fmaxf(scores[i], scores[i + 2]);
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2)
-        next[i] = fmaxf(next[i], __shfl_xor_sync(kAllLanes, next[i], step));
-      next[i] = fmaxf(next[i], largest[i]);
-      shrink[i] = exp2f(largest[i] - next[i]);
-    }
-    if (__any_sync(kAllLanes, next[0] != largest[0] || next[1] != largest[1])) {
-#pragma unroll
-      for (int tile = 0; tile < kDimTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) results[tile][i] *= shrink[i % 2];
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const __half2 rounded = __floats2half2_rn(exp2f(scores[2 * half] - next[0]),
-                                                exp2f(scores[2 * half + 1] - next[1]));
-      sums[0] = (half ? sums[0] : sums[0] * shrink[0]) + __low2float(rounded);
-      sums[1] = (half ? sums[1] : sums[1] * shrink[1]) + __high2float(rounded);
-      weights[half] = ptx::transpose_matrix(ptx::as_bits(rounded));
-    }
-    largest[0] = next[0];
-    largest[1] = next[1];
-  }
-
-  __device__ void add_values(uint32_t values, uint32_t lane, const uint32_t (&weights)[2]) {
-    const uint32_t value_at = values + Kv::template square_at<false>(lane);
-#pragma unroll
-    for (int tile = 0; tile < kDimTiles; ++tile) {
-      uint32_t value[4];
-      ptx::load_matrices_transposed(value, Kv::skip_chunks(value_at, 2 * tile));
-      ptx::multiply_add(results[tile], value, weights[0], weights[1]);
+    for (int step = 0; step < 4; step += 2) {
+      uint32_t query[4], key[4];
+      ptx::load_matrices(query, Kv::skip_chunks(query_at + line * 128, 2 * step));
+      ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step));
+      ptx::multiply_add(chains[step], key, query[0], query[1]);
+      ptx::load_matrices(key, Kv::skip_chunks(key_at + line * 128, 2 * step + 2));
+      ptx::multiply_add(chains[step + 1], key, query[2], query[3]);
     }
   }
-};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    scores[i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+}
+
+// Rows g and g + 8 of result tile m are the dimensions 16 m + g and 16 m + g + 8.
+template <class Kv, class State>
+__device__ __forceinline__ void add_tile_values(uint32_t values, uint32_t lane,
+                                                const uint32_t (&weights)[2], State& state) {
+  const uint32_t value_at = values + Kv::template square_at<false>(lane);
+#pragma unroll
+  for (int tile = 0; tile < State::kDimTiles; ++tile) {
+    uint32_t value[4];
+    ptx::load_matrices_transposed(value, Kv::skip_chunks(value_at, 2 * tile));
+    ptx::multiply_add(state.results[tile], value, weights[0], weights[1]);
+  }
+}
+// As f16, chunks of 16 bytes exchanged by `swizzle`.
+template <class Head>
+__device__ __forceinline__ void store_f16(const Head& head, char* row, uint32_t swizzle) {
+  __half* const to = reinterpret_cast<__half*>(row);
+  head.for_each(
+      [&](uint32_t d, float x) { to[((d / 8) ^ swizzle) * 8 + d % 8] = __float2half_rn(x); });
+}
 
 // Prepares kCount of the block's heads, every kDecodeWarps-th from `first` on: their loads are
 // under way together. Heads are numbered queries, key, value. Waits for the kernel in front.
@@ -214,16 +164,16 @@ __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const Decode
     const uint32_t index = first + i * kDecodeWarps<Kv>;
     heads[i].finish(layer, Shared::turns(shared));
     if (index < block.queries) {
-      heads[i].store(shared + Shared::kQueries + index * Kv::kRowBytes, index);
+      store_f16(heads[i], shared + Shared::kQueries + index * Kv::kRowBytes, index);
       continue;
     }
     const bool is_key = index == block.queries;
-    heads[i].store(shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0);
+    store_f16(heads[i], shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0);
     if (!block.leads_kv_head) continue;
     const uint64_t page =
         page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
-    const uint64_t offset = is_key ? layer.key_offset : layer.value_offset;
-    heads[i].store(page_row(page, offset, block.kv_head, place.position, Kv::kRowBytes), 0);
+    const uint64_t offset = is_key ? layer.kv.key_offset : layer.kv.value_offset;
+    store_f16(heads[i], page_row(page, layer.kv, offset, block.kv_head, place.position).numbers, 0);
   }
 }
 
@@ -261,97 +211,37 @@ __device__ __forceinline__ void insert_row(const char* from, char* tile, uint32_
 
 // Adds up the results of the first `warps` warps, those with tiles, and merges them with those of
 // the other blocks of the row and KV head, `used` in all.
-template <class Kv>
-__device__ void combine(const AttentionKernelArgs& args, const DecodeBlock& block, uint32_t warps,
-                        uint32_t used, DecodeState<Kv>& state, char* shared) {
+template <class Kv, class State>
+__device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock& block,
+                              uint32_t warps, uint32_t used, State& state, char* shared) {
   using Shared = DecodeShared<Kv>;
-  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const uint32_t group = lane / 4, query = lane % 4 * 2;
-  float* const all_largest = reinterpret_cast<float*>(shared + Shared::kLargest);  // [warp][query]
-  float* const all_sums = reinterpret_cast<float*>(shared + Shared::kSums);
-  const bool has_tiles = warp < warps;
-  if (has_tiles) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2)
-        state.sums[i] += __shfl_xor_sync(kAllLanes, state.sums[i], step);
-      if (group == 0) all_largest[warp * kQueryColumns + query + i] = state.largest[i];
-    }
-  }
-  __syncthreads();
-  const auto largest_of = [&](uint32_t q) {
-    float largest = all_largest[q];
-    for (uint32_t w = 1; w < warps; ++w)
-      largest = fmaxf(largest, all_largest[w * kQueryColumns + q]);
-    return largest;
-  };
-  if (has_tiles) {
-    float shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      shrink[i] = exp2f(state.largest[i] - largest_of(query + i));
-      if (group == 0) all_sums[warp * kQueryColumns + query + i] = state.sums[i] * shrink[i];
-    }
-    float* const results = reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes);
-    if (query < block.queries) {
-#pragma unroll
-      for (int tile = 0; tile < DecodeState<Kv>::kDimTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          results[(query + i % 2) * Shared::kResultStride + 16 * tile + group + i / 2 * 8] =
-              state.results[tile][i] * shrink[i % 2];
-      }
-    }
-  }
-  __syncthreads();
-
-  constexpr uint32_t kParts = Kv::kHeadDim / kPartColumns;  // of a query
-  const uint32_t splits = args.launch.splits;
-  SplitPart* const parts =
-      args.step.split_parts + uint64_t(block.index) * splits * kQueryColumns * kParts;
-  const uint32_t first_column = block.first_query * Kv::kHeadDim;
-  constexpr uint32_t kQuads = Kv::kHeadDim / 4;
-  for (uint32_t i = threadIdx.x; i < block.queries * kQuads; i += blockDim.x) {
-    const uint32_t q = i / kQuads, part = i / kPartQuads, quad = i % kPartQuads;
-    float4 values = {};
-    float sum = 0;
+  const uint32_t warp = threadIdx.x / kLanes;
+  const UnitStatistics all = {reinterpret_cast<float*>(shared + Shared::kLargest),
+                              reinterpret_cast<float*>(shared + Shared::kSums), warps};
+  leave_results(state, all, warp, true, block.queries,
+                reinterpret_cast<float*>(shared + warp * 2 * Shared::kTileBytes),
+                [&](uint32_t q, uint32_t tile, uint32_t row) {
+                  return q * Shared::kResultStride + 16 * tile + row;
+                });
+  finish_block<Kv::kHeadDim>(args, block, used, kDecodeWarps<Kv>, [&](uint32_t q, uint32_t d) {
+    BlockResult result = {{}, all.largest_of(q), all.sum_of(q)};
 #pragma unroll 4
-    for (uint32_t w = 0; w < warps; ++w) {
-      const float4 add = *reinterpret_cast<const float4*>(
-          shared + w * 2 * Shared::kTileBytes + (q * Shared::kResultStride + i % kQuads * 4) * 4);
-      values = {values.x + add.x, values.y + add.y, values.z + add.z, values.w + add.w};
-      sum += all_sums[w * kQueryColumns + q];
-    }
-    if (used == 1) {
-      const float scale = 1.0f / sum;
-      store_quads(args.step.output, block.row, first_column + part * kPartColumns,
-                  {values.x * scale, values.y * scale, values.z * scale, values.w * scale});
-      continue;
-    }
-    SplitPart& to = parts[part * splits + block.split];
-    ptx::store_relaxed(to.values + 4 * quad, values);
-    if (quad == 0) ptx::store_relaxed(&to.largest, {largest_of(q), sum, 0, 0});
-  }
-  if (used == 1) return;
-
-  for (uint32_t part = block.split + warp * used; part < block.queries * kParts;
-       part += kDecodeWarps<Kv> * used) {
-    const float4 merged = merge_parts<kMergeBatch<Kv>>(parts + part * splits, used, lane);
-    if (lane < kPartQuads)
-      store_quads(args.step.output, block.row, first_column + part * kPartColumns, merged);
-  }
+    for (uint32_t i = 0; i < warps; ++i)
+      result.add(*reinterpret_cast<const float4*>(shared + i * 2 * Shared::kTileBytes +
+                                                  (q * Shared::kResultStride + d) * 4));
+    return result;
+  });
 }
 
 template <class Kv>
 __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
-    decode_kernel(const __grid_constant__ AttentionKernelArgs args) {
+    decode_warps(const __grid_constant__ AttentionKernelArgs args) {
   using Shared = DecodeShared<Kv>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const DecodeBlock block(args.layer.shape);
   const RowPlace place = args.step.places[block.row];
-  const Turns<Kv::kHeadDim, kDecodeWarps<Kv> * kLanes> turns(args.layer);
+  const Turns<Kv::kHeadDim> turns(args.layer);
   const VisibleKeys keys(place.position, args.layer.window);
   const uint32_t begin = keys.split_begin(block.split, args.launch.splits);
   const uint32_t end = keys.split_begin(block.split + 1, args.launch.splits);
@@ -372,13 +262,13 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
   const uint32_t first_tile = begin + warp;
   look_up(first_tile);
   turns.compute(place.position, Shared::turns(shared));  // while the addresses come
-  ask(key_address, args.layer.key_offset, first_tile);
-  ask(value_address, args.layer.value_offset, first_tile);
+  ask(key_address, args.layer.kv.key_offset, first_tile);
+  ask(value_address, args.layer.kv.value_offset, first_tile);
   look_up(first_tile + Shared::kWarps);
   ptx::launch_dependents();
   prepare_heads<Kv>(args, block, place, end == keys.tiles, shared);
 
-  DecodeState<Kv> state;
+  DecodeState<Kv::kHeadDim / 16> state;
   const uint32_t queries = ptx::shared_address(shared + Shared::kQueries);
   for (uint32_t tile = first_tile; tile < end; tile += Shared::kWarps) {
     const uint32_t own_row = place.position - keys.first - tile * kKeyTile;  // or beyond the tile
@@ -386,9 +276,9 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
     __syncwarp();
     if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnKey, key_tile, own_row, lane);
     float scores[4];
-    DecodeState<Kv>::scores(key_address, queries, lane, scores);
+    tile_scores<Kv>(key_address, queries, lane, scores);
     __syncwarp();
-    ask(key_address, args.layer.key_offset, tile + Shared::kWarps);
+    ask(key_address, args.layer.kv.key_offset, tile + Shared::kWarps);
 
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -399,24 +289,24 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
     ptx::copy_async_wait<1>();
     __syncwarp();
     if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnValue, value_tile, own_row, lane);
-    state.add_values(value_address, lane, weights);
+    add_tile_values<Kv>(value_address, lane, weights, state);
     __syncwarp();
-    ask(value_address, args.layer.value_offset, tile + Shared::kWarps);
+    ask(value_address, args.layer.kv.value_offset, tile + Shared::kWarps);
     look_up(tile + 2 * Shared::kWarps);
   }
-  combine<Kv>(args, block, min(end - begin, Shared::kWarps), keys.used_splits(args.launch.splits),
-              state, shared);
+  combine_warps<Kv>(args, block, min(end - begin, Shared::kWarps),
+                    keys.used_splits(args.launch.splits), state, shared);
 }
 
 template <class Kv>
-void launch_decode(cudaStream_t stream, const AttentionKernelArgs& args) {
+void launch_decode_warps(cudaStream_t stream, const AttentionKernelArgs& args) {
   constexpr uint32_t kBytes = DecodeShared<Kv>::kBytes;
-  NIBBLE_CUDA(cudaFuncSetAttribute(decode_kernel<Kv>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  NIBBLE_CUDA(cudaFuncSetAttribute(decode_warps<Kv>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(kBytes)));
   const backend::AttentionShape& shape = args.layer.shape;
   const uint32_t ratio = shape.query_heads / shape.kv_heads;
   const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
-  launch_dependent(stream, decode_kernel<Kv>,
+  launch_dependent(stream, decode_warps<Kv>,
                    dim3(args.launch.splits, shape.kv_heads * groups, args.launch.single_rows),
                    kDecodeWarps<Kv> * kLanes, kBytes, args);
 }

@@ -1,0 +1,491 @@
+#pragma once
+// Attention of single rows over compressed or shared rows, norms, RoPE and storing included:
+// bounded by what it takes to make f16 of them as much as by the bytes. decode_warps.cuh has the
+// other form.
+//
+// A block has one row, one KV head with up to 8 of its query heads, and a share of the keys that
+// the row sees. Its warps form teams. A team takes every teams-th tile of 16 keys, and a warp of it
+// at most 128 dimensions of them: it brings its part of keys and values, asked for before the wait
+// for the kernel in front, since only the row's own key depends on that; multiplies its part of the
+// queries by its part of the keys; adds up with the rest of the team, so that all of it know the
+// scores; and multiplies the weights by its part of the values. Scores are a transposed product,
+// keys x queries, so that eight query heads fill the columns of a matrix instruction; so are the
+// results, dimensions x queries. Softmax is online, per team; the teams' results meet at the end,
+// then the blocks' (merge.cuh). What formats of keys and values differ in is in their classes
+// (kv_*.cuh).
+
+#include <cmath>
+
+#include "cuda/attention/decode_block.cuh"
+#include "cuda/attention/heads.cuh"
+#include "cuda/attention/keys.cuh"
+#include "cuda/attention/kv_f16.cuh"
+#include "cuda/attention/kv_row.cuh"
+#include "cuda/runtime.h"
+
+namespace nibble::cuda {
+
+template <class Kv>
+using TeamState = DecodeState<Kv::kDimTiles, Kv::kWeightBits>;
+
+// The part of the head that a warp takes. The first part of shared rows is the most work: that of
+// each team is another scheduler's.
+__device__ __forceinline__ uint32_t part_of(uint32_t warp, uint32_t team) {
+  return (warp + warp / team) % team;
+}
+
+// A warp's ring of tiles in shared memory: parts of keys, and of values.
+template <class Kv>
+class TileRing {
+  static constexpr uint32_t kStages = Kv::kStages;
+  static constexpr uint32_t kRowsBytes = kKeyTile * Kv::kStride;
+
+ public:
+  // The pages of a tile's first and last row.
+  struct Pages {
+    uint64_t first, last;
+  };
+
+  __device__ TileRing(const AttentionKernelArgs& args, const WarpShare& share, char* slots,
+                      uint32_t lane)
+      : kv_(args.layer.kv),
+        share_(share),
+        table_(page_table(args.step, share.place.sequence)),
+        slots_(slots),
+        scale_bytes_(kKeyTile * 2 * kv_.row_scales),
+        lane_(lane) {}
+
+  __device__ static uint32_t bytes(uint32_t row_scales) {
+    return kStages * 2 * (kRowsBytes + kKeyTile * 2 * row_scales);
+  }
+
+  // Looks up where the first tiles lie.
+  __device__ void look_up_first(Pages (&pages)[kStages]) const {
+#pragma unroll
+    for (uint32_t i = 0; i < kStages; ++i) pages[i] = look_up(share_.tile + i * share_.stride);
+  }
+  // Fills the ring.
+  __device__ void ask_first(const Pages (&pages)[kStages]) {
+#pragma unroll
+    for (uint32_t i = 0; i < kStages; ++i) {
+      pages_ = pages[i];
+      ask_keys();
+      ptx::copy_async_commit();
+      ask_values();
+      advance();
+    }
+    pages_ = look_up(share_.tile);
+  }
+
+  // The next tile's keys, there for all lanes.
+  __device__ __forceinline__ KvTile wait_for_keys() const {
+    if (keys_are_values()) {
+      ptx::copy_async_wait<2 * kStages - 2>();
+    } else {
+      ptx::copy_async_wait<2 * kStages - 1>();
+    }
+    __syncwarp();
+    return tile(0);
+  }
+  // They have been read by all lanes.
+  __device__ __forceinline__ void release_keys() {
+    __syncwarp();
+    if (!keys_are_values()) ask_keys();
+    ptx::copy_async_commit();
+  }
+  // The same tile's values.
+  __device__ __forceinline__ KvTile wait_for_values() const {
+    ptx::copy_async_wait<2 * kStages - 1>();
+    __syncwarp();
+    return tile(1);
+  }
+  __device__ __forceinline__ void release_values() {
+    __syncwarp();
+    if (keys_are_values()) ask_keys();
+    ask_values();
+    advance();
+    pages_ = look_up(share_.tile);
+  }
+
+ private:
+  // Whether values are read from where the keys were: formats with blocks keep them in registers.
+  __device__ __forceinline__ bool keys_are_values() const {
+    return !Kv::kInBlocks && kv_.shared;
+  }
+  __device__ __forceinline__ char* slot(uint32_t of_values) const {
+    return slots_ + (2 * slot_ + of_values) * (kRowsBytes + scale_bytes_);
+  }
+  __device__ __forceinline__ KvTile tile(uint32_t of_values) const {
+    const uint32_t rows = ptx::shared_address(slot(of_values));
+    return {rows, rows + kRowsBytes, 2 * kv_.row_scales};
+  }
+
+  __device__ __forceinline__ Pages look_up(uint32_t tile) const {
+    if (tile >= share_.end) return {};
+    const uint32_t first = share_.keys.begin + tile * kKeyTile;
+    const uint64_t page = table_[first / backend::kKvPageTokens];
+    if (Kv::kTileAlign == kKeyTile) return {page, page};
+    const uint32_t last = min(first + kKeyTile - 1, share_.place.position);
+    return {page, table_[last / backend::kKvPageTokens]};
+  }
+
+  __device__ __forceinline__ void ask_keys() const {
+    ask(0, kv_.key_offset, share_.first_dim, Kv::kPartDims);
+  }
+  __device__ __forceinline__ void ask_values() const {
+    ask(1, kv_.value_offset, share_.value_begin, share_.own_values);
+  }
+  // Copies `dims` of a tile's rows, from dimension `begin` of a row on, and the rows' scales. The
+  // row's own position and what is behind it come along, as nothing that counts.
+  __device__ __forceinline__ void ask(uint32_t of_values, uint64_t offset, uint32_t begin,
+                                      uint32_t dims) const {
+    if (share_.tile >= share_.end) return;
+    constexpr uint32_t kChunks = Kv::kPartBytes / 16;  // of a row
+    const uint32_t first = share_.keys.begin + share_.tile * kKeyTile;
+    const uint32_t in_first_page = backend::kKvPageTokens - first % backend::kKvPageTokens;
+    const KvRow at_first = page_row(pages_.first, kv_, offset, share_.kv_head, first);
+    const KvRow at_last = page_row(pages_.last, kv_, offset, share_.kv_head, 0);
+    const char* const before = at_first.numbers + Kv::bytes_of(begin);
+    const char* const after = at_last.numbers + Kv::bytes_of(begin) - in_first_page * kv_.row_bytes;
+    const uint32_t to = ptx::shared_address(slot(of_values));
+    if (dims > 0) {
+#pragma unroll
+      for (uint32_t i = 0; i < kKeyTile * kChunks / kLanes; ++i) {
+        const uint32_t row = (i * kLanes + lane_) / kChunks, chunk = lane_ % kChunks;
+        const char* const from = Kv::kTileAlign == kKeyTile || row < in_first_page ? before : after;
+        if (chunk * 16 < Kv::bytes_of(dims))
+          ptx::copy_async_16(to + row * Kv::kStride + chunk * 16,
+                             from + row * kv_.row_bytes + chunk * 16);
+      }
+    }
+    if constexpr (Kv::kInBlocks) {
+      constexpr uint32_t kMostBytes = kKeyTile * 2 * 2 * Kv::kHeadDim / Kv::kBlock;
+#pragma unroll
+      for (uint32_t i = 0; i < kMostBytes; i += kLanes * 16) {
+        const uint32_t at = i + lane_ * 16;
+        if (at < scale_bytes_)
+          ptx::copy_async_16(to + kRowsBytes + at,
+                             reinterpret_cast<const char*>(at_first.scales) + at);
+      }
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    ptx::copy_async_commit();
+    share_.tile += share_.stride;
+    if (++slot_ == kStages) slot_ = 0;
+  }
+
+  const KvRows& kv_;
+  WarpShare share_;  // still to be asked for
+  const uint64_t* table_;
+  char* slots_;
+  uint32_t scale_bytes_, lane_;  // of a tile
+  Pages pages_;                  // of the tile that is asked for next
+  uint32_t slot_ = 0;            // that is read, and then asked for, next
+};
+
+// 16 bytes a lane; `bytes` is a multiple of 16.
+__device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint32_t bytes,
+                                             uint32_t lane) {
+  for (uint32_t i = lane; i < bytes / 16; i += kLanes)
+    static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+}
+
+// What one warp makes of the step's sums for its block: queries, and rows for the page.
+template <class Kv>
+class HeadMaker {
+  using Head = WarpHead<Kv::kHeadDim, true>;
+
+ public:
+  __device__ HeadMaker(const AttentionKernelArgs& args, const DecodeBlock& block, RowPlace place,
+                       char* shared)
+      : args_(args),
+        at_(args.launch.decode),
+        block_(block),
+        place_(place),
+        shared_(shared),
+        lane_(threadIdx.x % kLanes),
+        rows_(args.layer, reinterpret_cast<const float2*>(shared + at_.turns),
+              reinterpret_cast<float*>(shared + at_.staged) +
+                  threadIdx.x / kLanes * staged_floats(args.layer.kv.values()),
+              lane_) {}
+
+  // A query, or then the key and the value or the shared row. Waits for the kernel in front.
+  __device__ void make(uint32_t index) {
+    const uint32_t queries = block_.queries;
+    const HeadKind kind = index < queries    ? HeadKind::kQuery
+                          : index == queries ? HeadKind::kKey
+                                             : HeadKind::kValue;
+    const uint32_t of_kind = kind == HeadKind::kQuery ? block_.first_query + index : block_.kv_head;
+    Head head(args_.layer, kind, of_kind, lane_);
+    ptx::wait_for_dependencies();
+    head.load(args_.step, args_.launch.rows, block_.row);
+    finish(head, index);
+  }
+
+ private:
+  __device__ void finish(Head& head, uint32_t index) {
+    if (index < block_.queries) {
+      __half* const to =
+          reinterpret_cast<__half*>(shared_ + at_.queries + index * at_.query_stride);
+      rows_.make_query(head, [&](uint32_t d) { return to + Kv::query_place(d); });
+      return;
+    }
+    const uint32_t row = index - block_.queries;
+    char* const own = shared_ + at_.own_rows + row * at_.own_stride;
+    rows_.make_row(head, {own, reinterpret_cast<__half*>(own + args_.layer.kv.row_bytes)});
+    if (block_.leads_kv_head) store_row(own, row);
+  }
+
+  // An own row to its page.
+  __device__ void store_row(const char* own, uint32_t row) const {
+    const KvRows& kv = args_.layer.kv;
+    const uint64_t page =
+        page_table(args_.step, place_.sequence)[place_.position / backend::kKvPageTokens];
+    const KvRow to = page_row(page, kv, row == 0 ? kv.key_offset : kv.value_offset, block_.kv_head,
+                              place_.position);
+    copy_by_warp(to.numbers, own, kv.row_bytes, lane_);
+    if (lane_ < kv.row_scales)
+      to.scales[lane_] = reinterpret_cast<const __half*>(own + kv.row_bytes)[lane_];
+  }
+
+  const AttentionKernelArgs& args_;
+  const DecodeShape& at_;
+  const DecodeBlock& block_;
+  const RowPlace place_;
+  char* shared_;
+  uint32_t lane_;
+  RowMaker<Kv> rows_;
+};
+
+// The block's queries to shared memory; where the block has the row's own position, also its key
+// and value, there and to their page. Unused query columns are zero. The turns lie in shared memory
+// before a barrier.
+template <class Kv>
+__device__ void make_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
+                           RowPlace place, bool owns_position, char* shared) {
+  const DecodeShape& at = args.launch.decode;
+  const uint32_t warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  const uint32_t own_rows = owns_position ? (args.layer.kv.shared ? 1 : 2) : 0;
+  const uint32_t count = block.queries + own_rows;
+  const uint32_t chunks = at.query_stride / 16;
+  for (uint32_t i = block.queries * chunks + threadIdx.x; i < kQueryColumns * chunks;
+       i += blockDim.x)
+    reinterpret_cast<uint4*>(shared + at.queries)[i] = {};
+  __syncthreads();
+  HeadMaker<Kv> maker(args, block, place, shared);
+#pragma unroll 1  // mostly once
+  for (uint32_t index = warp; index < count; index += warps) maker.make(index);
+  __syncthreads();
+}
+
+// Part of the row's own key or value (or shared row) to its place in a tile. What lies behind it
+// counts for nothing: numbers or scales there become zero, lest they are not finite.
+template <class Kv>
+__device__ void insert_own_row(const KvRows& kv, const char* own, uint32_t begin, uint32_t dims,
+                               const KvTile& tile, uint32_t row, uint32_t lane) {
+  if (lane * 16 < Kv::bytes_of(dims))
+    ptx::store_shared(tile.rows + row * Kv::kStride + lane * 16,
+                      *reinterpret_cast<const uint4*>(own + Kv::bytes_of(begin) + lane * 16));
+  if constexpr (Kv::kInBlocks) {
+    const uint16_t* const scales = reinterpret_cast<const uint16_t*>(own + kv.row_bytes);
+    for (uint32_t i = row * kv.row_scales + lane; i < kKeyTile * kv.row_scales; i += kLanes) {
+      const uint32_t own_scale = i - row * kv.row_scales;
+      ptx::store_shared(tile.scales + 2 * i, own_scale < kv.row_scales ? scales[own_scale] : 0);
+    }
+  } else {
+    for (uint32_t i = (row + 1) * Kv::kStride + lane * 16; i < kKeyTile * Kv::kStride;
+         i += kLanes * 16)
+      ptx::store_shared(tile.rows + i, uint4{});
+  }
+  __syncwarp();
+}
+
+// The team's warps' parts of scores, added up in one order: all get the same. Two buffers take
+// turns, so that one barrier does.
+template <class Kv>
+class TeamSum {
+ public:
+  __device__ TeamSum(char* buffers, uint32_t team, uint32_t part, uint32_t lane)
+      : buffer_(ptx::shared_address(buffers) + team * kTeamBytes + lane * 16),
+        team_(team),
+        part_(part) {}
+
+  static constexpr uint32_t kTeamBytes = Kv::kTeam == 1 ? 0 : 2 * Kv::kTeam * kLanes * 16;
+
+  __device__ __forceinline__ void add(float (&scores)[4]) {
+    if constexpr (Kv::kTeam == 1) return;
+    ptx::store_shared(buffer_ + (turn_ + part_) * kLanes * 16,
+                      {__float_as_uint(scores[0]), __float_as_uint(scores[1]),
+                       __float_as_uint(scores[2]), __float_as_uint(scores[3])});
+    ptx::sync_threads(1 + team_, Kv::kTeam * kLanes);
+#pragma unroll
+    for (uint32_t part = 0; part < Kv::kTeam; ++part) {
+      uint32_t words[4];
+      ptx::load_shared(words, buffer_ + (turn_ + part) * kLanes * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scores[i] = (part == 0 ? 0.0f : scores[i]) + __uint_as_float(words[i]);
+    }
+    turn_ ^= Kv::kTeam;
+  }
+
+ private:
+  const uint32_t buffer_, team_, part_;
+  uint32_t turn_ = 0;
+};
+
+// Where a team leaves the sum of query q, row g (or g + 8) of tile m: an index into floats. Tiles
+// are shifted against each other for restore_order().
+template <class Kv>
+__device__ __forceinline__ uint32_t result_place(uint32_t q, uint32_t tile, uint32_t row) {
+  const uint32_t shift = Kv::kInBlocks ? tile / 4 % 2 + tile / 8 * 8 : 0;
+  return q * result_stride(Kv::kHeadDim) + 16 * tile + row + shift;
+}
+
+// Adds up the teams' results, whose lines are not in the order of dimensions, and undoes the
+// rotation: to [queries, result_stride] in the order of dimensions. A warp has a query at a time, a
+// lane 16 dimensions that are neighbours on a row.
+template <class Kv>
+__device__ void restore_order(const AttentionKernelArgs& args, const DecodeBlock& block,
+                              uint32_t teams, const char* shared, float* restored) {
+  const uint32_t lane = threadIdx.x % kLanes, first = lane * kLaneValues;
+  const DecodeShape& at = args.launch.decode;
+  for (uint32_t q = threadIdx.x / kLanes; q < block.queries; q += blockDim.x / kLanes) {
+    float x[kLaneValues] = {};
+    if (first < Kv::kHeadDim) {
+      for (uint32_t team = 0; team < teams; ++team) {
+        const float* const from = reinterpret_cast<const float*>(shared + team * at.team_bytes);
+#pragma unroll
+        for (uint32_t i = 0; i < kLaneValues; ++i) {
+          const typename Kv::ResultLine line = Kv::result_line(first + i);
+          x[i] += from[result_place<Kv>(q, line.tile, line.row)];
+        }
+      }
+    }
+    if constexpr (Kv::kRotated) Kv::Codec::template rotate_back<Kv::kBlock>(x, lane);
+    if (first < Kv::kHeadDim) {
+      float4* const to = reinterpret_cast<float4*>(restored + q * result_stride(Kv::kHeadDim) +
+                                                   key_dim(args.layer.kv.order, first));
+#pragma unroll
+      for (uint32_t i = 0; i < kLaneValues / 4; ++i)
+        to[i] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+    }
+  }
+  __syncthreads();
+}
+
+// Adds up the results of the first `teams` teams, those with tiles, and merges them with those of
+// the other blocks of the row and KV head, `used` in all.
+template <class Kv>
+__device__ void combine_teams(const AttentionKernelArgs& args, const DecodeBlock& block,
+                              uint32_t teams, uint32_t used, TeamState<Kv>& state, char* shared) {
+  const DecodeShape& at = args.launch.decode;
+  const uint32_t warp = threadIdx.x / kLanes;
+  const uint32_t team = warp / Kv::kTeam, part = part_of(warp, Kv::kTeam);
+  float* const largest = reinterpret_cast<float*>(shared + at.statistics);
+  const UnitStatistics all = {largest, largest + at.warps / Kv::kTeam * kQueryColumns, teams};
+  leave_results(state, all, team, part == 0, block.queries,
+                reinterpret_cast<float*>(shared + team * at.team_bytes),
+                [&](uint32_t q, uint32_t tile, uint32_t row) {
+                  return result_place<Kv>(q, part * Kv::kDimTiles + tile, row);
+                });
+  const char* results = shared;
+  uint32_t addends = teams;
+  if constexpr (Kv::kInBlocks) {
+    restore_order<Kv>(args, block, teams, shared, reinterpret_cast<float*>(shared + at.staged));
+    results = shared + at.staged;
+    addends = 1;
+  }
+  finish_block<Kv::kHeadDim>(args, block, used, at.warps, [&](uint32_t q, uint32_t d) {
+    if constexpr (!Kv::kInBlocks) d = args.layer.kv.order.key_place(d);
+    BlockResult result = {{}, all.largest_of(q), all.sum_of(q)};
+#pragma unroll 4
+    for (uint32_t i = 0; i < addends; ++i)
+      result.add(*reinterpret_cast<const float4*>(
+          reinterpret_cast<const float*>(results + i * at.team_bytes) +
+          q * result_stride(Kv::kHeadDim) + d));
+    return result;
+  });
+}
+
+template <class Kv>
+__global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
+    decode_teams(const __grid_constant__ AttentionKernelArgs args) {
+  extern __shared__ __align__(128) char shared[];
+  const DecodeShape& at = args.launch.decode;
+  const KvRows& kv = args.layer.kv;
+  const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const uint32_t team = warp / Kv::kTeam, teams = at.warps / Kv::kTeam;
+  const uint32_t part = part_of(warp, Kv::kTeam);
+  const DecodeBlock block(args.layer.shape);
+  const RowPlace place = args.step.places[block.row];
+  const Turns<Kv::kHeadDim> turns(args.layer);
+  const VisibleKeys keys(place.position, args.layer.window, Kv::kTileAlign);
+  const uint32_t begin = keys.split_begin(block.split, args.launch.splits);
+  const uint32_t end = keys.split_begin(block.split + 1, args.launch.splits);
+  if (begin == end) return;
+
+  WarpShare share = {place, keys, block.kv_head, begin + team, end, teams, 0, 0, 0};
+  share.set_part<Kv>(kv, part);
+  TileRing<Kv> ring(
+      args, share, shared + team * at.team_bytes + part * TileRing<Kv>::bytes(kv.row_scales), lane);
+  typename TileRing<Kv>::Pages pages[Kv::kStages];
+  ring.look_up_first(pages);
+  turns.compute(place.position, reinterpret_cast<float2*>(shared + at.turns));
+  ring.ask_first(pages);
+  ptx::launch_dependents();
+  make_heads<Kv>(args, block, place, end == keys.tiles, shared);
+
+  uint32_t queries[2 * Kv::kDimTiles];
+  Kv::load_queries(ptx::shared_address(shared + at.queries) + part * Kv::kPartDims * 2,
+                   at.query_stride, lane, queries);
+  TeamSum<Kv> team_sum(shared + at.exchange, team, part, lane);
+  TeamState<Kv> state;
+  const char* const own_key = shared + at.own_rows;
+  const char* const own_value = own_key + (kv.shared ? 0 : at.own_stride);
+#pragma unroll 1
+  for (uint32_t tile = begin + team; tile < end; tile += teams) {
+    const uint32_t first = keys.begin + tile * kKeyTile;
+    const uint32_t own_row = place.position - first;  // or beyond the tile
+    const KvTile key_tile = ring.wait_for_keys();
+    if (own_row < kKeyTile)
+      insert_own_row<Kv>(kv, own_key, share.first_dim, Kv::kPartDims, key_tile, own_row, lane);
+    typename Kv::Numbers numbers;
+    float scores[4];
+    Kv::scores(key_tile, share.first_dim, queries, lane, numbers, scores);
+    ring.release_keys();
+    team_sum.add(scores);
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t row = lane / 4 + i / 2 * 8;
+      if (row > own_row || first + row < keys.first) scores[i] = -INFINITY;
+    }
+    uint32_t weights[2];
+    state.weigh(scores, weights);
+
+    const KvTile value_tile = ring.wait_for_values();
+    if (own_row < kKeyTile)
+      insert_own_row<Kv>(kv, own_value, share.value_begin, share.own_values, value_tile, own_row,
+                         lane);
+    Kv::add_values(key_tile, value_tile, share, lane, weights, numbers, state.results);
+    ring.release_values();
+  }
+  combine_teams<Kv>(args, block, min(end - begin, teams), keys.used_splits(args.launch.splits),
+                    state, shared);
+}
+
+template <class Kv>
+void launch_decode_teams(cudaStream_t stream, const AttentionKernelArgs& args) {
+  const DecodeShape& at = args.launch.decode;
+  NIBBLE_CUDA(cudaFuncSetAttribute(decode_teams<Kv>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   int(at.bytes)));
+  const backend::AttentionShape& shape = args.layer.shape;
+  const uint32_t ratio = shape.query_heads / shape.kv_heads;
+  const uint32_t groups = (ratio + kQueryColumns - 1) / kQueryColumns;
+  launch_dependent(stream, decode_teams<Kv>,
+                   dim3(args.launch.splits, shape.kv_heads * groups, args.launch.single_rows),
+                   at.warps * kLanes, at.bytes, args);
+}
+
+}  // namespace nibble::cuda
