@@ -24,6 +24,7 @@ struct BenchOptions {
   ModelOptions model;
   std::string contexts = "512,2048";
   std::string batches = "1";
+  uint32_t capacity = 0;
   uint32_t generate = 64;
   bool profile = false;
   std::string json;
@@ -290,13 +291,12 @@ void bench(const BenchOptions& options) {
   }
 
   engine::EngineOptions engine_options = options.model.engine_options();
-  if (engine_options.context == 0) {
-    engine_options.context = contexts.back();
-    if (options.profile) {
-      const uint32_t ubatch = options.model.ubatch;
-      engine_options.context += kProfiledSteps + (ubatch == 0 ? engine::kDefaultUbatch : ubatch);
-    }
+  engine_options.context = contexts.back();
+  if (options.profile) {
+    const uint32_t ubatch = options.model.ubatch;
+    engine_options.context += kProfiledSteps + (ubatch == 0 ? engine::kDefaultUbatch : ubatch);
   }
+  engine_options.context = std::max(engine_options.context, options.capacity);
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());
   const OpenModel model = open_model(options.model, engine_options);
 
@@ -335,6 +335,11 @@ void add_bench(CLI::App& app) {
       ->add_option("-c,--context", options->contexts,
                    "Contexts to measure at, separated by commas; left out: 512,2048")
       ->type_name("TOKENS,...");
+  command
+      ->add_option("--capacity", options->capacity,
+                   "Context that conversations could grow to; left out: the largest measured")
+      ->check(finite_between(1, UINT32_MAX))
+      ->type_name("TOKENS");
   command
       ->add_option("--generate", options->generate,
                    "Tokens to decode, the last ones before each context; left out: 64")

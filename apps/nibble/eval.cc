@@ -185,12 +185,11 @@ std::unique_ptr<engine::Engine> open_against(const EvalOptions& options,
   engine::EngineOptions engine_options = base;
   if (!options.against_backend.empty()) engine_options.backend = options.against_backend;
   // The reference is exact in all it can be: --kv chooses what is measured, not what against.
-  if (options.against_backend == "reference") {
-    engine_options.kv_format = backend::KvFormat::kF32;
-    engine_options.kv_window_format.reset();
-  }
-  if (const auto format = backend::kv_format_of(options.against_kv)) {
+  auto format = backend::kv_format_of(options.against_kv);
+  if (options.against_backend == "reference" && !format) format = backend::KvFormat::kF32;
+  if (format) {
     engine_options.kv_format = format;
+    engine_options.kv_window_format.reset();
   }
   return open_model(model, engine_options).engine;
 }
@@ -271,7 +270,7 @@ void add_eval(CLI::App& app) {
       ->type_name("NAME");
   command
       ->add_option("--against-kv", options->against_kv,
-                   "Compare with another KV cache format (--kv's)")
+                   "Compare with another KV cache: --kv of it, without --kv-window")
       ->check(CLI::IsMember({"f32", "f16", "q8", "tq4"}).description(""))
       ->type_name("FORMAT");
   command->add_flag("--json", options->json, "Print JSON");

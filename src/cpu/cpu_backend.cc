@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -45,7 +46,7 @@ struct RopeTable {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa);
+  CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa, ChangeKvRow change_row);
 
   std::string description() const override {
     return fmt::format("cpu: {}, {} threads, {}", processor_name(), pool_.size(), isa_name(isa_));
@@ -128,7 +129,8 @@ uint32_t max_columns(const Plan& plan) {
   return columns;
 }
 
-CpuBackend::CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa)
+CpuBackend::CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa,
+                       ChangeKvRow change_row)
     : plan_(plan),
       ubatch_(options.ubatch),
       isa_(isa),
@@ -136,7 +138,7 @@ CpuBackend::CpuBackend(const Plan& plan, const BackendOptions& options, Isa isa)
       pool_(options.threads),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages),
       linear_(isa, pool_, options.ubatch, max_columns(plan)),
-      attention_(isa, pool_, plan, kv_) {
+      attention_(isa, pool_, plan, kv_, std::move(change_row)) {
   size_t product_width = 0, gated_width = 0;
   for (const Step& step : plan.steps) {
     if (const auto* qkv = std::get_if<NormQkvStep>(&step)) {
@@ -411,8 +413,13 @@ void CpuBackend::compute_logits(const LogitsStep& step, const std::vector<size_t
 }  // namespace
 
 std::unique_ptr<Backend> make_cpu_backend(const Plan& plan, const BackendOptions& options) {
+  return make_cpu_backend_with(plan, options, {});
+}
+
+std::unique_ptr<Backend> make_cpu_backend_with(const Plan& plan, const BackendOptions& options,
+                                               ChangeKvRow change) {
   try {
-    return std::make_unique<CpuBackend>(plan, options, default_isa());
+    return std::make_unique<CpuBackend>(plan, options, default_isa(), std::move(change));
   } catch (const std::bad_alloc&) {
     fail(ErrorCode::kOutOfMemory,
          "no memory for the activations of {} tokens at a time; choose a smaller ubatch",

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "backend/backend.h"
+#include "backend/kv_codec.h"
 
 namespace nibble::cpu {
 
@@ -12,5 +13,10 @@ namespace nibble::cpu {
 // machine lacks.
 std::unique_ptr<backend::Backend> make_cpu_backend(const backend::Plan& plan,
                                                    const backend::BackendOptions& options);
+
+// The same for tests of KV formats.
+std::unique_ptr<backend::Backend> make_cpu_backend_with(const backend::Plan& plan,
+                                                        const backend::BackendOptions& options,
+                                                        backend::ChangeKvRow change);
 
 }  // namespace nibble::cpu

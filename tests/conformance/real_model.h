@@ -20,15 +20,18 @@ using namespace backend;
 inline constexpr uint32_t kUbatch = 512;
 
 struct RealModel {
-  explicit RealModel(const char* name)
-      : file(gguf::GgufFile::open(test::fixture(std::string("models/") + name))),
+  explicit RealModel(const std::string& name)
+      : file(gguf::GgufFile::open(name.starts_with("tiny") ? test::bundled_model(name)
+                                                           : test::fixture("models/" + name))),
         plan(model::build_plan(file)) {
-    for (int32_t id : test::read_i32(test::fixture("golden/micro.heldout_text.tokens.i32"))) {
+    // `wide` was trained with micro's tokenizer.
+    const std::string text = name.starts_with("tiny") ? "tiny" : "micro";
+    for (int32_t id : test::read_i32(test::fixture("golden/" + text + ".heldout_text.tokens.i32")))
       tokens.push_back({id});
-    }
   }
-  BackendOptions options(KvFormat format) const {
-    return {.kv = KvOptions::all(format),
+  BackendOptions options(KvFormat format) const { return options(KvOptions::all(format)); }
+  BackendOptions options(const KvOptions& kv) const {
+    return {.kv = kv,
             .ubatch = kUbatch,
             .threads = 0,
             .device = 0,

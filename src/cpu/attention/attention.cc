@@ -148,8 +148,8 @@ void Attention::Job::output_from_row(float* row, float* output) const {
 }
 
 Attention::Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan,
-                     const backend::HostKvStore& kv)
-    : isa_(isa), pool_(pool), kv_(kv) {
+                     const backend::HostKvStore& kv, backend::ChangeKvRow change)
+    : isa_(isa), pool_(pool), kv_(kv), change_row_(std::move(change)) {
   uint32_t most_row_values = 0;
   for (const backend::KvPlace place : kv_places(plan, kv.groups())) {
     const backend::KvLayer& layer = kv.groups()[place.group].layers[place.layer];
@@ -202,6 +202,7 @@ void Attention::store(backend::KvId cache, const backend::KvSequence& kv, uint32
   const AttentionKernels& kernels = attention_kernels(isa_, row.values);
   const backend::PageId page = kv.table(rows.group)[position / kKvPageTokens];
   const auto store_row = [&](float* values, uint64_t part_offset) {
+    if (change_row_) change_row_(kv_.groups()[rows.group].window, {values, row.values});
     std::byte* head = kv_.page(rows.group, page) + part_offset + kv_head * row.head_bytes();
     const size_t index = position % kKvPageTokens;
     kernels.store[size_t(row.format)](

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/host_kv_store.h"
+#include "backend/kv_codec.h"
 #include "backend/plan.h"
 #include "base/aligned_array.h"
 #include "base/thread_pool.h"
@@ -28,7 +29,8 @@ struct BatchRows {
 class Attention {
  public:
   // Takes all memory that the plan's AttendSteps need.
-  Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan, const backend::HostKvStore& kv);
+  Attention(Isa isa, ThreadPool& pool, const backend::Plan& plan, const backend::HostKvStore& kv,
+            backend::ChangeKvRow change = {});
 
   void run(const backend::AttendStep& step, std::span<const BatchRows> sequences,
            const float* query,  // [rows, query_width]
@@ -89,6 +91,7 @@ class Attention {
   const Isa isa_;
   ThreadPool& pool_;
   const backend::HostKvStore& kv_;
+  const backend::ChangeKvRow change_row_;
   std::vector<Rows> rows_;              // [cache]
   std::vector<ThreadScratch> scratch_;  // [thread]
   AlignedArray<float> partials_;
