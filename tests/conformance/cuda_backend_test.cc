@@ -193,15 +193,16 @@ TEST_P(CudaBackendTest, MixedBatchesGiveWhatEachGivesAlone) {
   EXPECT_LE(relative_error(result.logits, expected), kHalves);
 }
 
-TEST_P(CudaBackendTest, DecodesUpToEightRowsAndMoreTogether) {
-  for (const size_t count : {2, 8, 11}) {
+// So many that each kind of matrix kernel has a turn.
+TEST_P(CudaBackendTest, DecodesManySessionsTogether) {
+  for (const size_t count : {2, 8, 11, 20, 40}) {
     std::vector<KvSequence> sequences;
     std::vector<TokenId> expected;
     const SamplingParams params = greedy();
     std::vector<BatchSequence> batch;
     for (size_t i = 0; i < count; ++i) {
       KvSequence alone(backend_->kv());
-      prefill(*backend_, alone, tokens_.subspan(30 * i, 20 + i), 512);
+      prefill(*backend_, alone, tokens_.subspan(12 * i, 20 + i), 512);
       sequences.push_back(alone);
       expected.push_back(decode(*backend_, alone, tokens_[i], 1, params)[0]);
     }
@@ -215,7 +216,7 @@ TEST_P(CudaBackendTest, DecodesUpToEightRowsAndMoreTogether) {
     // Sums round differently in company: a near tie may go the other way.
     size_t differ = 0;
     for (size_t i = 0; i < count; ++i) differ += result.sampled[i] != expected[i];
-    EXPECT_LE(differ, 1u) << count << " sequences";
+    EXPECT_LE(differ, 1 + count / 20) << count << " sequences";
   }
 }
 

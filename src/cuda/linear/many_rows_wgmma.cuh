@@ -322,8 +322,7 @@ class WgmmaBlock {
         to[(i * (kTokens / 8) + j) * kConsumers] = {from[0], from[1], from[2], from[3]};
       }
     }
-    __threadfence();
-    ptx::sync_threads(1, kConsumers);
+    ptx::sync_threads(1, kConsumers);  // what all have written, one releases
     if (threadIdx.x == 0) ptx::store_release(flag(blockIdx.x), 1);
   }
 
@@ -358,13 +357,22 @@ class WgmmaBlock {
     const uint32_t first_token = at.token_block * kTokens + lane() % 4 * 2;
     const uint32_t first_row = at.row_block * Shape::kRows + lane() / 4;
     const uint64_t first_result = uint64_t(at.chunk) * args_.activations.rows;
+    float scales[kTokens / 8][2];  // all before the first store: each would wait for them anew
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t token = first_token + 8 * j + k;
+        const bool scaled = args_.scales && token < args_.activations.rows;
+        scales[j][k] = scaled ? args_.scales[token] : 1.0f;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const uint32_t token = first_token + 8 * j + k;
         if (token >= args_.activations.rows) continue;
-        const float scale = args_.scales ? args_.scales[token] : 1.0f;
         float* const output = args_.output + (first_result + token) * args_.output_stride +
                               args_.weights.first_output;
 #pragma unroll
@@ -372,7 +380,8 @@ class WgmmaBlock {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint32_t row = first_row + row_tile(i) * kTileRows + 8 * half;
-            if (row < args_.weights.rows) output[row] = scale * sums[i][4 * j + 2 * half + k];
+            if (row < args_.weights.rows)
+              output[row] = scales[j][k] * sums[i][4 * j + 2 * half + k];
           }
         }
       }
