@@ -27,7 +27,8 @@ constexpr double kPeakGbPerS = 3089;  // reading alone, this card: docs/measurem
 constexpr double kPeakTflops = 790;   // an 8192^3 bf16 product, this card
 constexpr size_t kRotateBytes = size_t(400) << 20;
 constexpr uint32_t kHidden = 5376;
-MatrixUnit unit;  // that prefill is measured on
+constexpr uint32_t kWidestSums = 43008;  // of a row: prefill's scratch
+MatrixUnit unit;                         // that prefill is measured on
 
 // Numbers in [-2, 2), no two neighbours alike.
 __global__ void fill_f16(uint16_t* to, size_t count) {
@@ -185,8 +186,24 @@ class Attention {
     layer_.value_is_key = model.value_is_key;
     layer_.query_norm = layer_.key_norm = layer_.value_norm = {true, 1e-6f, nullptr};
     layer_.inverse_frequencies = frequencies_.data();
-    args_ = {places_.data(),    {table_.data(), stride}, sums_.data(),        parts,
-             sums_width(model), workspace_.data(),       split_parts_.data(), output()};
+    std::vector<SequenceRows> rows;
+    for (uint32_t s = 0; s < sequences; ++s) rows.push_back({tokens, context - tokens, s});
+    sequences_ = DeviceArray<SequenceRows>(std::span<const SequenceRows>(rows));
+    scratch_ = DeviceArray<char>(size_t{rows_} * kWidestSums * sizeof(float));
+    args_ = {.places = places_.data(),
+             .sequences = sequences_.data(),
+             .tables = {table_.data(), stride},
+             .sequence_count = sequences,
+             .chunks = tokens == 1 ? 0 : sequences,
+             .most_pages = pages - 1,
+             .sums = sums_.data(),
+             .parts = parts,
+             .stride = sums_width(model),
+             .workspace = workspace_.data(),
+             .split_parts = split_parts_.data(),
+             .scratch = scratch_.data(),
+             .scratch_bytes = scratch_.size(),
+             .output = output()};
   }
 
   static uint32_t sums_width(const Model& model) {
@@ -196,7 +213,9 @@ class Attention {
   uint64_t bytes_per_token() const { return cache_.bytes() / kKvPageTokens; }
   uint32_t layers() const { return layers_; }
   uint32_t sums_size() const { return uint32_t(sums_.size()); }
-  ActivationRows output() const { return {values_.data(), means_.data(), rows_, column_tiles_}; }
+  ActivationRows output() const {
+    return {values_.data(), means_.data(), rows_, column_tiles_, rows_ > cuda::kMostRows};
+  }
 
   void start(cudaStream_t stream, uint32_t i) {
     layer_.kv.key_offset = i % layers_ * cache_.bytes();
@@ -211,9 +230,10 @@ class Attention {
   AttentionLaunch launch_;
   AttentionLayer layer_ = {};
   AttentionArgs args_;
-  DeviceArray<char> pool_, workspace_;
+  DeviceArray<char> pool_, workspace_, scratch_;
   DeviceArray<uint64_t> table_;
   DeviceArray<RowPlace> places_;
+  DeviceArray<SequenceRows> sequences_;
   DeviceArray<float> sums_, frequencies_;
   DeviceArray<SplitPart> split_parts_;
   DeviceArray<uint16_t> values_;

@@ -494,12 +494,18 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
   if (!device_norm(step.norm).in_range) product = add_up(product);
   const AttentionLaunch launch = attention_launch(layer);
   const AttentionArgs args = {.places = inputs_.places(),
+                              .sequences = inputs_.sequences(),
                               .tables = inputs_.tables(kv_places_[step.cache.value].group),
+                              .sequence_count = inputs_.shape().sequences,
+                              .chunks = inputs_.shape().sequences - inputs_.shape().single_rows,
+                              .most_pages = inputs_.most_pages(layer.window),
                               .sums = product.sums.values,
                               .parts = product.sums.parts,
                               .stride = product.sums.stride,
                               .workspace = attention_workspace_.data(),
                               .split_parts = split_parts_.data(),
+                              .scratch = summed_.data(),
+                              .scratch_bytes = summed_.size() * sizeof(float),
                               .output = inner(layer.shape.query_width(), rows()).rows};
   timed(
       layer.window == 0 ? "attention, full" : "attention, window", 0,

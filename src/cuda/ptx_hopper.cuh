@@ -130,6 +130,10 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int kColumns>
 __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const __half2 (&a)[4],
                                       uint64_t b);
+// The same with b [16, kColumns].
+template <int kColumns>
+__device__ __forceinline__ void wgmma_transposed(float (&sums)[kColumns / 2],
+                                                 const __half2 (&a)[4], uint64_t b);
 // The same with a [64, 16] in shared memory, too; without `add`, the sums start from zero. With
 // kTransposed, b is [16, kColumns].
 template <int kColumns, bool kTransposed>
@@ -154,6 +158,24 @@ __device__ __forceinline__ void wgmma<128>(float (&sums)[64], const __half2 (&a)
       " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
       " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
       "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT);
+}
+template <>
+__device__ __forceinline__ void wgmma_transposed<64>(float (&sums)[32], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+      "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : NIBBLE_LEFT_RIGHT);
+}
+template <>
+__device__ __forceinline__ void wgmma_transposed<128>(float (&sums)[64], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
       : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT);
 }
 template <>

@@ -22,6 +22,7 @@ bool StepInputs::send(const backend::Batch& batch, cudaStream_t stream) {
   };
   put(tokens_, token_list_);
   put(places_, place_list_);
+  put(sequences_, sequence_list_);
   uint32_t* const head_rows = reinterpret_cast<uint32_t*>(&host_[head_rows_]);
   for (size_t i = 0; i < head_.size(); ++i) head_rows[i] = head_[i].row;
   // Biases and counts share one list, whose place depends on the shape alone.
@@ -46,11 +47,15 @@ void StepInputs::list_rows(const backend::Batch& batch) {
   shape_.single_rows = uint32_t(others - order_.begin());
   token_list_.clear();
   place_list_.clear();
+  sequence_list_.resize(shape_.sequences);
+  uint32_t chunks = 0;
   size_t most_pages = 1;
   for (const uint32_t i : order_) {
     const BatchSequence& sequence = batch.sequences[i];
     first_row_[i] = uint32_t(token_list_.size());
     uint32_t position = sequence.kv->length();
+    const uint32_t rows = uint32_t(sequence.tokens.size());
+    sequence_list_[i] = {rows, position, rows > 1 ? chunks++ : 0};
     for (const TokenId token : sequence.tokens) {
       token_list_.push_back(token.value);
       place_list_.push_back({position++, i});
@@ -80,6 +85,18 @@ void StepInputs::list_head(const backend::Batch& batch) {
   shape_.requests = uint32_t(request_lists_.requests.size());
 }
 
+uint32_t StepInputs::most_pages(uint32_t window) const {
+  uint32_t most = 0;
+  for (const SequenceRows& sequence : sequence_list_) {
+    if (sequence.rows == 1) continue;
+    const uint32_t before = sequence.first_position + 1;  // that the first row sees, and itself
+    const uint32_t first = window == 0 ? 0 : before - std::min(before, window);
+    const uint32_t last = sequence.first_position + sequence.rows - 1;
+    most = std::max(most, last / kKvPageTokens - first / kKvPageTokens + 1);
+  }
+  return most;
+}
+
 uint64_t StepInputs::keys_seen(uint32_t window) const {
   uint64_t keys = 0;
   for (const RowPlace& place : place_list_) {
@@ -98,6 +115,7 @@ bool StepInputs::arrange() {
   };
   tokens_ = place(shape_.rows, sizeof(int32_t));
   places_ = place(shape_.rows, sizeof(RowPlace));
+  sequences_ = place(shape_.sequences, sizeof(SequenceRows));
   head_rows_ = place(shape_.head_rows, sizeof(uint32_t));
   requests_ = place(shape_.requests, sizeof(DeviceRequest));
   tables_ =

@@ -48,12 +48,15 @@ class StepInputs {
   const StepShape& shape() const { return shape_; }
   const std::vector<HeadRow>& head() const { return head_; }  // in the batch's order
   uint32_t first_row(uint32_t sequence) const { return first_row_[sequence]; }
+  // The most pages that the rows of a sequence see through a window, single rows excepted.
+  uint32_t most_pages(uint32_t window) const;
   // Pairs of a row and a position that it sees through a window (0: none).
   uint64_t keys_seen(uint32_t window) const;
 
   // On the device:
-  const int32_t* tokens() const { return at<int32_t>(tokens_); }          // [rows]
-  const RowPlace* places() const { return at<RowPlace>(places_); }        // [rows]
+  const int32_t* tokens() const { return at<int32_t>(tokens_); }    // [rows]
+  const RowPlace* places() const { return at<RowPlace>(places_); }  // [rows]
+  const SequenceRows* sequences() const { return at<SequenceRows>(sequences_); }
   const uint32_t* head_rows() const { return at<uint32_t>(head_rows_); }  // [head_rows]
   const DeviceRequest* requests() const { return at<DeviceRequest>(requests_); }
   const TokenBias* biases() const { return at<TokenBias>(lists_); }
@@ -80,10 +83,12 @@ class StepInputs {
   std::vector<uint32_t> first_row_;  // of each sequence, in the batch's order
   std::vector<int32_t> token_list_;
   std::vector<RowPlace> place_list_;
+  std::vector<SequenceRows> sequence_list_;  // in the batch's order
   std::vector<HeadRow> head_;
   DeviceRequests request_lists_;
 
-  size_t tokens_ = 0, places_ = 0, head_rows_ = 0, requests_ = 0, tables_ = 0, lists_ = 0;
+  size_t tokens_ = 0, places_ = 0, sequences_ = 0, head_rows_ = 0, requests_ = 0, tables_ = 0,
+         lists_ = 0;
   size_t bytes_ = 0;
   Pinned<std::byte> host_;
   DeviceArray<std::byte> device_;

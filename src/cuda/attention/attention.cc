@@ -8,24 +8,36 @@ namespace {
 
 using Launch = void (*)(cudaStream_t, const AttentionKernelArgs&);
 struct FormatKernels {
-  Launch decode, store, prefill_mma, prefill_wgmma;
+  Launch decode, store, prefill_mma;
 };
 
 FormatKernels kernels_of(backend::KvFormat format) {
   using backend::KvFormat;
   switch (format) {
     case KvFormat::kF16:
-      return {launch_decode_f16, launch_store_f16, launch_prefill_f16_mma,
-              launch_prefill_f16_wgmma};
+      return {launch_decode_f16, launch_store_f16, launch_prefill_f16_mma};
     case KvFormat::kQ8:
-      return {launch_decode_q8, launch_store_q8, launch_prefill_q8_mma, nullptr};
+      return {launch_decode_q8, launch_store_q8, launch_prefill_q8_mma};
     case KvFormat::kTq4:
-      return {launch_decode_tq4, launch_store_tq4, launch_prefill_tq4_mma, nullptr};
+      return {launch_decode_tq4, launch_store_tq4, launch_prefill_tq4_mma};
     case KvFormat::kF32:
       break;
   }
   fail(ErrorCode::kUnsupported, "KV format {}: CUDA has f16, q8 and tq4",
        backend::to_string(format));
+}
+
+void launch_prefill(cudaStream_t stream, const AttentionKernelArgs& args,
+                    const FormatKernels& kernels) {
+  const AttentionLayer& layer = args.layer;
+  const AttentionArgs& step = args.step;
+  if (args.launch.unit != MatrixUnit::kWgmma) return kernels.prefill_mma(stream, args);
+  if (layer.kv.block == 0) return launch_prefill_f16_wgmma(stream, args);
+  const KeySections sections =
+      choose_sections(layer.shape, layer.kv, args.launch, step.sequence_count, step.chunks,
+                      step.most_pages, step.tables.stride, step.scratch_bytes);
+  if (sections.pages == 0) return kernels.prefill_mma(stream, args);
+  launch_prefill_expanded(stream, args, sections);
 }
 
 }  // namespace
@@ -48,7 +60,7 @@ void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
   if (launch.single_rows > 0) kernels.decode(stream, args);
   if (launch.rows > launch.single_rows) {
     kernels.store(stream, args);
-    (launch.unit == MatrixUnit::kWgmma ? kernels.prefill_wgmma : kernels.prefill_mma)(stream, args);
+    launch_prefill(stream, args, kernels);
     if (layer.kv.restores_results()) launch_restore(stream, args);
   }
 }

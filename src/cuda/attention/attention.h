@@ -23,6 +23,13 @@ struct RowPlace {
   uint32_t sequence;  // row of the block tables
 };
 
+// Rows of one sequence in the step. In device memory, written before the step's first kernel.
+struct SequenceRows {
+  uint32_t rows;
+  uint32_t first_position;
+  uint32_t index;  // among the sequences of more than one row
+};
+
 // The block tables of a KvGroup: entry (s, i) is the device address of the page that holds
 // positions [32 i, 32 i + 32) of sequence s. Entries that no row of the step can see may be
 // anything. In device memory, written before the step's first kernel; pages as in
@@ -51,8 +58,12 @@ struct AttentionLayer {
 };
 
 struct AttentionArgs {
-  const RowPlace* places;  // [rows]
-  BlockTables tables;      // of the layer's group
+  const RowPlace* places;         // [rows]
+  const SequenceRows* sequences;  // [sequence_count]
+  BlockTables tables;             // of the layer's group
+  uint32_t sequence_count;
+  // Of the sequences of more than one row: how many, and the most pages that the rows of one see.
+  uint32_t chunks, most_pages;
 
   // q, k and v of every row, before norms: parts to be added, as the linear leaves them
   const float* sums;  // [parts, rows, stride]; query_width + kv_width (+ kv_width) columns
@@ -63,6 +74,10 @@ struct AttentionArgs {
   // launch leaves them so.
   void* workspace;         // attention_workspace_bytes()
   SplitPart* split_parts;  // most_split_parts()
+
+  // For what choose_sections() says; may be the memory of the sums, which are read before.
+  void* scratch;
+  uint64_t scratch_bytes;
 
   ActivationRows output;  // [rows, query_width]
 };

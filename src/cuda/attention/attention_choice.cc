@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/checked_math.h"
 #include "base/error.h"
 
 namespace nibble::cuda {
@@ -23,7 +24,8 @@ KvRows kv_rows(const backend::KvLayer& layer, uint32_t head_dim) {
           .row_scales = layer.row.scales(),
           .head_bytes = uint32_t(layer.row.head_bytes()),
           .key_offset = layer.key_offset,
-          .value_offset = layer.value_offset};
+          .value_offset = layer.value_offset,
+          .rotated = layer.row.format == backend::KvFormat::kTq4};
 }
 
 DecodeShape decode_shape(const DeviceShape& device, const backend::AttentionShape& shape,
@@ -70,14 +72,14 @@ AttentionLaunch choose_attention(const DeviceShape& device, MatrixUnit unit,
   const uint32_t blocks = single_rows * shape.kv_heads * column_groups;
   const bool in_teams = kv.shared || kv.block != 0 ||
                         decode_warps_bytes(shape.head_dim) > device.shared_bytes_per_block;
-  // Compressed rows have one shape for all devices, and no kernel on wgmma.
+  // Compressed rows have one shape of the older kernel for all devices.
   const bool in_blocks = kv.block != 0;
   const uint32_t shared_bytes = in_blocks ? kLeastSharedBytes : device.shared_bytes_per_block;
   return {rows,
           single_rows,
           blocks == 0 ? 1 : std::max(1u, device.multiprocessors / blocks),
           in_teams ? decode_shape(device, shape, kv) : DecodeShape{},
-          in_blocks ? MatrixUnit::kMma : unit,
+          unit,
           mma_tile(shape.head_dim, shared_bytes)};
 }
 
@@ -86,12 +88,44 @@ uint64_t most_split_parts(uint32_t multiprocessors) {
   return multiprocessors * kQueryColumns * (kMostHeadDim / kPartColumns);
 }
 
-uint64_t attention_workspace_bytes(const backend::AttentionShape& shape,
-                                   const AttentionLaunch& launch) {
+namespace {
+
+// Of rows that are not single.
+uint64_t query_tiles(const backend::AttentionShape& shape, const AttentionLaunch& launch) {
   constexpr uint32_t kTilesTogether = 4;  // the most that a kernel's cluster takes
   const uint32_t tokens = kTilesTogether * query_tile_tokens(shape);
   const uint64_t clusters = (launch.rows - launch.single_rows + tokens - 1) / tokens;
-  return clusters * kTilesTogether * kQueryTile * shape.kv_width() * 2;
+  return clusters * kTilesTogether * shape.kv_heads;
+}
+
+}  // namespace
+
+uint64_t attention_workspace_bytes(const backend::AttentionShape& shape,
+                                   const AttentionLaunch& launch) {
+  return query_tiles(shape, launch) * kQueryTile * shape.head_dim * 2;
+}
+
+KeySections choose_sections(const backend::AttentionShape& shape, const KvRows& kv,
+                            const AttentionLaunch& launch, uint32_t sequences, uint32_t chunks,
+                            uint32_t most_pages, uint32_t table_stride, uint64_t scratch_bytes) {
+  constexpr uint32_t kLeastRows = 32;  // of a sequence, on average, that share its expanded rows
+  constexpr uint32_t kTilePages = 4;   // that a block takes at a time
+  constexpr uint32_t kLeastPages = 8;  // or blocks hand over as much as they attend to
+  constexpr uint64_t kStatistics = 2048;
+  if (chunks == 0 || launch.rows - launch.single_rows < chunks * kLeastRows) return {};
+  const uint64_t state_bytes =
+      query_tiles(shape, launch) * (uint64_t{kQueryTile} * shape.head_dim * 4 + kStatistics);
+  const uint64_t table_bytes = round_up(uint64_t{sequences} * table_stride * 8, uint64_t{256});
+  const uint64_t section_page_bytes = uint64_t{chunks} * (kv.shared ? 1 : 2) * shape.kv_heads *
+                                      backend::kKvPageTokens * kv.values() * 2;
+  const auto pages_behind = [&](uint64_t begin) {
+    return begin > scratch_bytes ? 0 : (scratch_bytes - begin) / section_page_bytes;
+  };
+  if (pages_behind(table_bytes) >= most_pages) return {most_pages, 0, table_bytes};
+  const uint64_t pages_at = state_bytes + table_bytes;
+  const uint64_t pages = std::min<uint64_t>(pages_behind(pages_at), most_pages);
+  if (pages < kLeastPages) return {};
+  return {uint32_t(pages - pages % kTilePages), state_bytes, pages_at};
 }
 
 }  // namespace nibble::cuda

@@ -49,13 +49,12 @@ struct KvRows {
   uint32_t row_scales;                // in a row
   uint32_t head_bytes;                // of a head in a page: all its numbers, then all its scales
   uint64_t key_offset, value_offset;  // KvLayer's
+  bool rotated;                       // numbers are of blocks that are turned together
 
   constexpr uint32_t values() const { return order.values(); }
   // Whether the weighted sum of values is not what they stand for yet: it is rotated, or in another
   // order than that of dimensions.
-  constexpr bool restores_results() const {
-    return format == backend::KvFormat::kTq4 || order.rope_dims > 0;
-  }
+  constexpr bool restores_results() const { return rotated || order.rope_dims > 0; }
 };
 KvRows kv_rows(const backend::KvLayer& layer, uint32_t head_dim);
 
@@ -150,6 +149,22 @@ AttentionLaunch choose_attention(const DeviceShape& device, MatrixUnit unit,
 constexpr uint32_t query_tile_tokens(const backend::AttentionShape& shape) {
   return kQueryTile / (shape.query_heads / shape.kv_heads);
 }
+
+// How compressed keys and values are attended to on wgmma. To bring rows to f16 in front of the
+// tensor cores costs more than they do, and each of some hundred query tiles would do it again. So
+// a section of each sequence's pages is expanded once for all tiles, attended to, and gives way to
+// the next one (docs/measurements/prefill.md).
+struct KeySections {
+  uint32_t pages;  // of a sequence, in a section; 0: there is no room, or it would not pay
+  // In scratch, in bytes: behind what blocks keep from one section to the next, the block tables
+  // of the expanded pages, and these.
+  uint64_t table_at, pages_at;
+};
+// chunks: sequences of more than one row, of `sequences`; their rows see most_pages pages or less.
+// table_stride: BlockTables'
+KeySections choose_sections(const backend::AttentionShape& shape, const KvRows& kv,
+                            const AttentionLaunch& launch, uint32_t sequences, uint32_t chunks,
+                            uint32_t most_pages, uint32_t table_stride, uint64_t scratch_bytes);
 
 // What a block found for one query and 32 columns, to be merged with other splits' (merge.cuh).
 inline constexpr uint32_t kPartColumns = 32;

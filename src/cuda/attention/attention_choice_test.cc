@@ -63,7 +63,6 @@ TEST(AttentionChoice, CompressedRowsTakeWhatFitsEveryDevice) {
   for (const backend::AttentionShape& shape : {kSliding, kFull}) {
     for (const auto format : {backend::KvFormat::kQ8, backend::KvFormat::kTq4}) {
       const AttentionLaunch launch = choose(kH100, shape, 9, 0, kUnit, format);
-      EXPECT_EQ(launch.unit, MatrixUnit::kMma);
       EXPECT_EQ(launch.mma_tile, choose(kRtx3060, shape, 9, 0, kUnit, format).mma_tile);
     }
   }
@@ -130,6 +129,29 @@ TEST(AttentionChoice, BlocksThatWaitForEachOtherAreResidentTogether) {
       }
     }
   }
+}
+
+TEST(AttentionChoice, CompressedKeysAreExpandedInWhatThereIs) {
+  const AttentionLaunch launch = choose(kH100, kFull, 512, 0, kUnit, backend::KvFormat::kTq4);
+  const KvRows rows = rows_of(kFull, backend::KvFormat::kTq4);
+  constexpr uint64_t kPage = 2 * 4 * 32 * 512 * 2, kState = 4 * 64 * (64 * 512 * 4 + 2048);
+  const auto sections = [&](uint32_t chunks, uint32_t pages, uint64_t bytes) {
+    return choose_sections(kFull, rows, launch, chunks, chunks, pages, 128, bytes);
+  };
+  constexpr uint64_t kTable = 1024;
+  const KeySections all = sections(1, 1000, kTable + 1000 * kPage);  // nothing to hand over
+  EXPECT_EQ(all.pages, 1000u);
+  EXPECT_EQ(all.pages_at, kTable);
+  const KeySections some = sections(1, 1000, kState + kTable + 51 * kPage);
+  EXPECT_EQ(some.pages, 48u);  // whole tiles of keys
+  EXPECT_EQ(some.table_at, kState);
+  EXPECT_EQ(some.pages_at, kState + kTable);
+  EXPECT_EQ(sections(2, 1000, kState + 2 * kTable + 32 * kPage).pages, 16u);
+  EXPECT_EQ(sections(1, 1000, kState + kTable + 7 * kPage).pages, 0u);
+  EXPECT_EQ(sections(1, 1000, 0).pages, 0u);
+  EXPECT_EQ(sections(17, 1000, uint64_t{1} << 40).pages,
+            0u);  // 30 rows would share what is expanded
+  EXPECT_EQ(sections(0, 0, uint64_t{1} << 40).pages, 0u);
 }
 
 TEST(AttentionChoice, WorkspaceHoldsQueriesOfRowsThatAreNotSingle) {

@@ -88,10 +88,22 @@ class Step {
     NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   }
 
-  // What run() starts, and on pages as they were at first.
-  void choose(const DeviceShape& device, MatrixUnit unit) {
-    launch_ = choose_attention(device, unit, layer_.shape, kv_rows(cache_, layer_.shape.head_dim),
-                               uint32_t(places_.size()), single_rows_);
+  // What run() starts, and on pages as they were at first. little_scratch: as little as will do for
+  // keys in sections.
+  void choose(const DeviceShape& device, MatrixUnit unit, bool little_scratch = false) {
+    const KvRows rows = kv_rows(cache_, layer_.shape.head_dim);
+    launch_ =
+        choose_attention(device, unit, layer_.shape, rows, uint32_t(places_.size()), single_rows_);
+    const auto section_pages = [&](uint64_t bytes) {
+      return choose_sections(layer_.shape, rows, launch_, uint32_t(parts_.size()), chunks(),
+                             most_pages_, table_stride_, bytes)
+          .pages;
+    };
+    uint64_t scratch_bytes = 1 << 16;
+    while (section_pages(scratch_bytes) < (little_scratch ? 1 : most_pages_) &&
+           scratch_bytes < 1 << 30)
+      scratch_bytes += scratch_bytes / 8;
+    scratch_ = DeviceArray<char>(scratch_bytes);
     workspace_ = DeviceArray<char>(attention_workspace_bytes(layer_.shape, launch_));
     device_pool_.upload(pool_);
   }
@@ -103,6 +115,7 @@ class Step {
     poison(values_.data(), values_.size() * 2);
     poison(means_.data(), means_.size() * sizeof(ActivationMeans));
     poison(workspace_.data(), workspace_.size());
+    poison(scratch_.data(), scratch_.size());
     AttentionLayer layer = {};
     layer.shape = layer_.shape;
     layer.window = layer_.window;
@@ -115,12 +128,18 @@ class Step {
     layer.kv = kv_rows(cache_, layer_.shape.head_dim);
     AttentionArgs args = {};
     args.places = device_places_.data();
+    args.sequences = device_sequences_.data();
     args.tables = {device_tables_.data(), table_stride_};
+    args.sequence_count = uint32_t(parts_.size());
+    args.chunks = chunks();
+    args.most_pages = most_pages_;
     args.sums = device_sums_.data();
     args.parts = parts_of_sums_;
     args.stride = stride_;
     args.workspace = workspace_.data();
     args.split_parts = split_parts_.data();
+    args.scratch = scratch_.data();
+    args.scratch_bytes = scratch_.size();
     args.output = {values_.data(), means_.data(), uint32_t(places_.size()), column_tiles_,
                    in_blocks()};
     launch_attention(stream, layer, launch_, args);
@@ -154,13 +173,19 @@ class Step {
   // Single rows first, in the order given.
   void make_rows() {
     std::stable_partition(parts_.begin(), parts_.end(), [](Part p) { return p.tokens == 1; });
+    std::vector<SequenceRows> sequences;
     for (uint32_t s = 0; s < parts_.size(); ++s) {
       for (uint32_t i = 0; i < parts_[s].tokens; ++i) places_.push_back({parts_[s].stored + i, s});
+      sequences.push_back({parts_[s].tokens, parts_[s].stored, s - single_rows_});
       single_rows_ += parts_[s].tokens == 1;
       table_stride_ = std::max(table_stride_, page_count(s));
+      if (parts_[s].tokens > 1)
+        most_pages_ = std::max(most_pages_, page_count(s) - first_seen(s) / kKvPageTokens);
     }
+    device_sequences_ = DeviceArray<SequenceRows>(std::span<const SequenceRows>(sequences));
     device_places_ = DeviceArray<RowPlace>(std::span<const RowPlace>(places_));
   }
+  uint32_t chunks() const { return uint32_t(parts_.size()) - single_rows_; }
   uint32_t page_count(uint32_t s) const {
     return (parts_[s].stored + parts_[s].tokens + kKvPageTokens - 1) / kKvPageTokens;
   }
@@ -484,7 +509,7 @@ class Step {
   std::mt19937 random_;
   uint32_t parts_of_sums_;
   AttentionLaunch launch_;
-  uint32_t single_rows_ = 0, table_stride_ = 0, stride_ = 0, column_tiles_ = 0;
+  uint32_t single_rows_ = 0, table_stride_ = 0, stride_ = 0, column_tiles_ = 0, most_pages_ = 0;
   const uint64_t page_bytes_;
   float scale_;
   std::vector<RowPlace> places_;
@@ -493,12 +518,13 @@ class Step {
   std::vector<Reference> references_;     // [rows, query_heads]
   std::vector<float> sums_, query_norm_, key_norm_, frequencies_;
   DeviceArray<RowPlace> device_places_;
+  DeviceArray<SequenceRows> device_sequences_;
   DeviceArray<uint64_t> device_tables_;
   DeviceArray<std::byte> device_pool_;
   DeviceArray<uint16_t> values_;
   DeviceArray<ActivationMeans> means_;
   DeviceArray<float> device_sums_, device_query_norm_, device_key_norm_, device_frequencies_;
-  DeviceArray<char> workspace_;
+  DeviceArray<char> workspace_, scratch_;
   DeviceArray<SplitPart> split_parts_;
 };
 
@@ -508,13 +534,16 @@ struct Kernel {
   DeviceShape device;
   MatrixUnit unit;
   std::string name;
+  bool little_scratch = false;
 };
 std::vector<Kernel> kernels(const backend::AttentionShape& shape, const Storage& storage) {
   const DeviceShape device = test::device_shape();
   const KvRows rows = kv_rows(kv_layer(shape, storage), shape.head_dim);
   std::vector<Kernel> kernels;
-  if (choose_attention(device, test::matrix_unit(), shape, rows, 2, 0).unit == MatrixUnit::kWgmma)
+  if (choose_attention(device, test::matrix_unit(), shape, rows, 2, 0).unit == MatrixUnit::kWgmma) {
     kernels.push_back({device, MatrixUnit::kWgmma, "wgmma"});
+    if (rows.block > 0) kernels.push_back({device, MatrixUnit::kWgmma, "wgmma, sections", true});
+  }
   uint32_t last = UINT32_MAX;
   for (const uint32_t bytes : {device.shared_bytes_per_block, 163u << 10, 99u << 10}) {
     const DeviceShape smaller = {device.multiprocessors,
@@ -541,7 +570,7 @@ void expect_right(const Layer& layer, const Storage& storage, const std::vector<
   Step step(layer, storage, parts, seed);
   for (const Kernel& kernel : kernels(layer.shape, storage)) {
     SCOPED_TRACE(text + ", " + kernel.name);
-    step.choose(kernel.device, kernel.unit);
+    step.choose(kernel.device, kernel.unit, kernel.little_scratch);
     step.run(nullptr);
     NIBBLE_CUDA(cudaDeviceSynchronize());
     step.expect_right();
@@ -603,6 +632,7 @@ TEST_P(Attention, ChunksAtEveryEdge) {
     }
     expect_right(layer, {{0, 300}});
     expect_right(layer, {{90, 127}, {0, 129}, {257, 2}, {640, 31}});
+    expect_right(layer, {{700, 1}, {700, 68}, {0, 70}, {5, 1}});
   }
 }
 

@@ -55,6 +55,7 @@ struct Run {
   uint32_t first_position;  // of row `begin`
   uint32_t stored;          // positions of the sequence that have keys
   uint32_t first_page, pages_end;
+  uint32_t keys_end;  // of the section
 
   __device__ Run(const AttentionKernelArgs& args, uint32_t begin, uint32_t rows_end)
       : begin(begin), end(rows_end) {
@@ -69,9 +70,19 @@ struct Run {
     const VisibleKeys keys(first_position, args.layer.window);
     first_page = keys.first / backend::kKvPageTokens;
     pages_end = (stored + backend::kKvPageTokens - 1) / backend::kKvPageTokens;
+    keys_end = stored;
+    if (args.section.pages > 0) {
+      const uint32_t position = args.step.sequences[place.sequence].first_position;
+      const uint32_t section =
+          VisibleKeys(position, args.layer.window).first / backend::kKvPageTokens +
+          args.section.first;
+      first_page = max(first_page, section);
+      pages_end = min(pages_end, section + args.section.pages);
+      keys_end = min(keys_end, pages_end * backend::kKvPageTokens);
+    }
   }
 
-  // The positions that row `row` sees, none for a row of another run.
+  // The positions of the section that row `row` sees, none for a row of another run.
   struct Seen {
     uint32_t begin, end;
     __device__ bool has(uint32_t position) const { return position >= begin && position < end; }
@@ -79,7 +90,8 @@ struct Run {
   __device__ Seen seen(uint32_t row, uint32_t window) const {
     if (row < begin || row >= end) return {0, 0};
     const uint32_t position = first_position + (row - begin);
-    return {window == 0 || position < window ? 0 : position + 1 - window, position + 1};
+    return {window == 0 || position < window ? 0 : position + 1 - window,
+            min(position + 1, keys_end)};
   }
 };
 

@@ -43,4 +43,12 @@ __device__ __forceinline__ void store_activations(const ActivationRows& to, uint
   }
 }
 
+// Of a row in blocks, where a lane has a whole chunk of 16 bytes: the pairs of columns `column` and
+// those 1, 2 and 3 times kLaneColumns behind, in a tile.
+__device__ __forceinline__ void store_activation_chunk(const ActivationRows& to, uint32_t row,
+                                                       uint32_t column, const __half2 (&pairs)[4]) {
+  const uint64_t at = activation_block_index(row, column, (to.rows + 7) / 8);
+  *reinterpret_cast<uint4*>(to.values + at) = *reinterpret_cast<const uint4*>(pairs);
+}
+
 }  // namespace nibble::cuda
