@@ -103,9 +103,9 @@ class CudaBackend final : public Backend {
 
   // The rows' product with a weight: parts as they are for few rows, else added up.
   Product multiply(std::string_view what, WeightId weight, const ScaledRows& input);
-  // Of rows that are not in blocks, into parts_.
+  // Both into sums_. Of rows that are not in blocks:
   Sums multiply_few(WeightId weight, const ActivationRows& input);
-  // Of more rows, scaled, into summed_.
+  // Of more rows, scaled:
   Sums multiply_many(const DeviceMatrix& matrix, const ScaledRows& input);
   ManyRowsLaunch many_rows_launch(const DeviceMatrix& matrix, LayoutId layout,
                                   const WeightRows& weights, uint32_t rows) const;
@@ -174,10 +174,8 @@ class CudaBackend final : public Backend {
   std::map<const NormQkvStep*, AttentionLayer> attention_;
 
   DeviceArray<float> residual_;  // [ubatch, hidden]
-  DeviceArray<float> parts_;     // of one chunk of rows
-  DeviceArray<float> summed_;    // [parts, rows, rows of a weight]
+  DeviceArray<float> sums_;      // of the last product: [parts, rows, rows of a weight]
   DeviceArray<float> ones_;      // [ubatch]
-  DeviceArray<float> logits_;    // [most_head_rows_, vocabulary]
   DeviceArray<uint16_t> normed_values_, inner_values_;
   DeviceArray<ActivationMeans> normed_means_, inner_means_;
   DeviceArray<float> normed_scales_, inner_scales_;
@@ -284,13 +282,13 @@ void CudaBackend::add_attention(const NormQkvStep& qkv, const AttendStep& attend
 void CudaBackend::reserve_workspace() {
   const uint64_t ubatch = options_.ubatch;
   const uint64_t head_rows = std::min<uint64_t>(ubatch, most_head_rows_);
-  uint64_t part_floats = 0, summed_floats = 0, tile_bytes = 0;
+  uint64_t sum_floats = 0, tile_bytes = 0;
   uint32_t inner_width = 0;
   const auto reserve = [&](WeightId id, uint64_t most_rows) {
     const DeviceMatrix& matrix = weights_.matrix(id);
     for (uint32_t rows = 1; rows <= std::min<uint64_t>(most_rows, most_few_rows_); ++rows) {
       for (const LinearCall& call : linear_calls(id, rows))
-        part_floats = std::max(part_floats, uint64_t(call.launch.parts) * rows * matrix.rows);
+        sum_floats = std::max(sum_floats, uint64_t(call.launch.parts) * rows * matrix.rows);
     }
     if (most_rows > kMatrixTokens) tile_bytes = std::max(tile_bytes, packed_bytes(matrix));
     // Only products of few tokens come in parts.
@@ -305,8 +303,8 @@ void CudaBackend::reserve_workspace() {
     };
     for (uint64_t rows = most_few_rows_ + 1; rows <= std::min<uint64_t>(most_rows, kStreamTokens);
          ++rows)
-      summed_floats = std::max(summed_floats, result_floats(rows));
-    summed_floats = std::max(summed_floats, result_floats(most_rows));
+      sum_floats = std::max(sum_floats, result_floats(rows));
+    sum_floats = std::max(sum_floats, result_floats(most_rows));
   };
   for (const Step& step : plan_.steps) {
     if (const auto* embed = std::get_if<EmbedStep>(&step)) {
@@ -342,11 +340,9 @@ void CudaBackend::reserve_workspace() {
   shared_tiles_ = DeviceArray<std::byte>(many_rows_workspace_bytes(device_shape_));
   NIBBLE_CUDA(cudaMemset(shared_tiles_.data(), 0, shared_tiles_.size()));
   residual_ = DeviceArray<float>(ubatch * plan_.hidden);
-  parts_ = DeviceArray<float>(part_floats);
-  summed_ = DeviceArray<float>(summed_floats);
+  sums_ = DeviceArray<float>(sum_floats);
   ones_ = DeviceArray<float>(std::vector<float>(ubatch, 1.0f));
-  logits_ = DeviceArray<float>(head_rows * plan_.vocabulary);
-  for (const auto* floats : {&residual_, &parts_, &summed_, &ones_, &logits_})
+  for (const auto* floats : {&residual_, &sums_, &ones_})
     workspace_bytes_ += floats->size() * sizeof(float);
   split_parts_ = DeviceArray<SplitPart>(most_split_parts(device_shape_.multiprocessors));
   NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
@@ -504,8 +500,8 @@ std::optional<ValueId> CudaBackend::run_step(const NormQkvStep& step, size_t) {
                               .stride = product.sums.stride,
                               .workspace = attention_workspace_.data(),
                               .split_parts = split_parts_.data(),
-                              .scratch = summed_.data(),
-                              .scratch_bytes = summed_.size() * sizeof(float),
+                              .scratch = sums_.data(),
+                              .scratch_bytes = sums_.size() * sizeof(float),
                               .output = inner(layer.shape.query_width(), rows()).rows};
   timed(
       layer.window == 0 ? "attention, full" : "attention, window", 0,
@@ -568,7 +564,9 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
       timed("head's norm", 0, [&] { launch_norm(stream_.handle, args); });
     }
     const Product product = multiply("head", step.weight, input);
-    const SumArgs sum = {product.sums, product.scales, vocabulary, step.softcap, logits_.data()};
+    NIBBLE_CHECK(product.sums.stride == vocabulary);
+    float* const logits = sums_.data();  // in place of the product's first part
+    const SumArgs sum = {product.sums, product.scales, vocabulary, step.softcap, logits};
     timed("softcap", 0, [&] { launch_sum(stream_.handle, sum); });
 
     uint32_t requests = 0;
@@ -576,7 +574,7 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
       if (head[first + i].download) {
         const size_t at = result->logits.size();
         result->logits.resize(at + vocabulary);
-        NIBBLE_CUDA(cudaMemcpyAsync(&result->logits[at], logits_.data() + size_t{i} * vocabulary,
+        NIBBLE_CUDA(cudaMemcpyAsync(&result->logits[at], logits + size_t{i} * vocabulary,
                                     vocabulary * sizeof(float), cudaMemcpyDeviceToHost,
                                     stream_.handle));
         NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // before the vector grows again
@@ -588,7 +586,7 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
                              .count = requests,
                              .biases = inputs_.biases(),
                              .seen = inputs_.seen(),
-                             .logits = logits_.data(),
+                             .logits = logits,
                              .vocabulary = vocabulary,
                              .tokens = sampled_.get() + first_request};
     timed("sampling", 0, [&] { launch_sample(stream_.handle, args); });
@@ -617,13 +615,13 @@ std::vector<LinearCall> CudaBackend::linear_calls(WeightId weight, uint32_t rows
 Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
   std::vector<LinearCall> calls = linear_calls(weight, input.rows);
   const auto parts_of = [](const LinearCall& call) { return call.launch.parts; };
-  const Sums sums = {parts_.data(), parts_of(*std::ranges::max_element(calls, {}, parts_of)),
+  const Sums sums = {sums_.data(), parts_of(*std::ranges::max_element(calls, {}, parts_of)),
                      input.rows, weights_.matrix(weight).rows};
   const bool equal = std::ranges::all_of(
       calls, [&](const LinearCall& call) { return parts_of(call) == sums.parts; });
   if (!equal) {  // some rows have fewer parts than others
     const size_t floats = size_t{sums.parts} * sums.rows * sums.stride;
-    NIBBLE_CUDA(cudaMemsetAsync(parts_.data(), 0, floats * sizeof(float), stream_.handle));
+    NIBBLE_CUDA(cudaMemsetAsync(sums_.data(), 0, floats * sizeof(float), stream_.handle));
   }
   const DeviceMatrix& matrix = weights_.matrix(weight);
   const std::vector<MatrixPart> parts =
@@ -633,7 +631,7 @@ Sums CudaBackend::multiply_few(WeightId weight, const ActivationRows& input) {
     std::ranges::copy(parts[i].rows, call.args.weights);
     call.args.activations = input.values;
     call.args.means = input.means;
-    call.args.output = parts_.data();
+    call.args.output = sums_.data();
     launch_few_rows(stream_.handle, call.part->first, call.part->second, call.args, call.launch);
   }
   return sums;
@@ -677,13 +675,13 @@ Sums CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& in
     result_parts = launch.column_chunks;
     launch_many_rows(
         stream_.handle, layout,
-        {weights, blocks, input.scales, summed_.data(), matrix.rows, shared_tiles_.data()}, launch);
+        {weights, blocks, input.scales, sums_.data(), matrix.rows, shared_tiles_.data()}, launch);
   };
   for (const MatrixPart& part : parts) {
     launch_rows(part.first, part.rows[0]);
     if (part.second) launch_rows(*part.second, part.rows[1]);
   }
-  return {summed_.data(), result_parts, blocks.rows, matrix.rows};
+  return {sums_.data(), result_parts, blocks.rows, matrix.rows};
 }
 
 Product CudaBackend::multiply(std::string_view what, WeightId weight, const ScaledRows& input) {
@@ -703,8 +701,8 @@ Product CudaBackend::multiply(std::string_view what, WeightId weight, const Scal
 Product CudaBackend::add_up(const Product& product) {
   if (product.scales == ones_.data()) return product;
   const uint32_t width = product.sums.stride;
-  launch_sum(stream_.handle, {product.sums, product.scales, width, 0, summed_.data()});
-  return {{summed_.data(), 1, product.sums.rows, width}, ones_.data()};
+  launch_sum(stream_.handle, {product.sums, product.scales, width, 0, sums_.data()});
+  return {{sums_.data(), 1, product.sums.rows, width}, ones_.data()};
 }
 
 void CudaBackend::grow_attention_workspace() {

@@ -132,8 +132,8 @@ __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const __half2
                                       uint64_t b);
 // The same with b [16, kColumns].
 template <int kColumns>
-__device__ __forceinline__ void wgmma_transposed(float (&sums)[kColumns / 2],
-                                                 const __half2 (&a)[4], uint64_t b);
+__device__ __forceinline__ void wgmma_transposed(float (&sums)[kColumns / 2], const __half2 (&a)[4],
+                                                 uint64_t b);
 // The same with a [64, 16] in shared memory, too; without `add`, the sums start from zero. With
 // kTransposed, b is [16, kColumns].
 template <int kColumns, bool kTransposed>

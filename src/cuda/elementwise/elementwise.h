@@ -98,6 +98,7 @@ struct GatedArgs {
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args);
 
 // out[r] = scales[r] * sums[r], then, for a softcap other than 0, softcap * tanh(out / softcap).
+// `out` may be where the sums are, if their stride is the width.
 struct SumArgs {
   Sums sums;
   const float* scales;  // [rows]
