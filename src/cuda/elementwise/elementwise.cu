@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     const Layout& tile = tiles[column / kTileColumns];
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j)
+    for (uint32_t j = 0; j < kPieceColumns; ++j)
       x.values[i][j] = args.scale * tile.value(token % kTileRows, column % kTileColumns + j);
     store_piece(args.residual + uint64_t(row) * width, column, width, x.values[i]);
   });
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
     if (!kWeightsFirst) load_weight(post_norm, column, width, post_weight.values[i]);
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j) {
+    for (uint32_t j = 0; j < kPieceColumns; ++j) {
       float& value = x.values[i][j];
       own.values[0] += value * value;
       value *= post_weight.values[i][j];
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const float squares = apart + 2 * factor * both;
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j)
+    for (uint32_t j = 0; j < kPieceColumns; ++j)
       x.values[i][j] = (old.values[i][j] + x.values[i][j] * factor) * args.output_scale;
     store_piece(residual, column, width, x.values[i]);
   });
@@ -139,16 +139,16 @@ __global__ void __launch_bounds__(kGeluWarps* kLanes)
   ptx::launch_dependents();
   ptx::wait_for_dependencies();
   const uint32_t row = blockIdx.y, width = args.width;
-  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kLaneValues;
+  const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * kPieceColumns;
   if (column / kTileColumns >= args.gated.rows.column_tiles) return;
   const float scale = args.scales[row], gated_scale = *args.gated_scale;
-  float gate[kLaneValues], up[kLaneValues];
+  float gate[kPieceColumns], up[kPieceColumns];
   load_sums(args.sums, scale, row, 0, column, width, gate);
   load_sums(args.sums, scale, row, width, column, width, up);
   const float inverse_scale = 1 / gated_scale;
   bool overflow = false;
 #pragma unroll
-  for (uint32_t i = 0; i < kLaneValues; ++i) {
+  for (uint32_t i = 0; i < kPieceColumns; ++i) {
     gate[i] = gelu_tanh(gate[i]) * up[i] * inverse_scale;
     overflow |= fabsf(gate[i]) > kLargestHalf;
   }

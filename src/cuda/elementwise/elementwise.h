@@ -40,8 +40,8 @@ struct DeviceNorm {
 // What one block takes of a row; a cluster takes eight times as much.
 inline constexpr uint32_t kMostRowColumns = 32 * 4 * kTileColumns;
 // What a lane takes of one, at once.
-inline constexpr uint32_t kLaneValues = 8;
-// Throws Error(kUnsupported) for rows wider than `most` or not a multiple of kLaneValues wide.
+inline constexpr uint32_t kPieceColumns = 8;
+// Throws Error(kUnsupported) for rows wider than `most` or not a multiple of kPieceColumns wide.
 void check_row_width(uint32_t width, uint32_t most);
 
 // residual[r] = scale * row tokens[r] of the table; normed = norm(residual).

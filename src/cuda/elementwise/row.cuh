@@ -51,7 +51,7 @@ __device__ __forceinline__ T* cluster_shared(const ClusterPlace& place, T* local
 
 template <int kTiles>
 struct Row {
-  float values[kTiles][kLaneValues];
+  float values[kTiles][kPieceColumns];
 };
 
 // body(i, column) for the lane's pieces of a row of `width` columns: values[i] are those from
@@ -65,13 +65,13 @@ __device__ __forceinline__ void for_each_piece(const ClusterPlace& place, uint32
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const uint32_t tile = warp + i * place.blocks * block_warps;
-    if (tile < tiles) body(i, tile * kTileColumns + threadIdx.x % kLanes * kLaneValues);
+    if (tile < tiles) body(i, tile * kTileColumns + threadIdx.x % kLanes * kPieceColumns);
   }
 }
 
 // values = row[column, column + 8), zero from `width` on.
 __device__ __forceinline__ void load_piece(const float* row, uint32_t column, uint32_t width,
-                                           float (&values)[kLaneValues]) {
+                                           float (&values)[kPieceColumns]) {
   float4 low = {}, high = {};
   if (column < width) {
     low = reinterpret_cast<const float4*>(row + column)[0];
@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_piece(const float* row, uint32_t column, ui
 }
 
 __device__ __forceinline__ void store_piece(float* row, uint32_t column, uint32_t width,
-                                            const float (&values)[kLaneValues]) {
+                                            const float (&values)[kPieceColumns]) {
   if (column >= width) return;
   float4* const to = reinterpret_cast<float4*>(row + column);
   to[0] = {values[0], values[1], values[2], values[3]};
@@ -93,19 +93,19 @@ __device__ __forceinline__ void store_piece(float* row, uint32_t column, uint32_
 // `width` on. `offset` is where the columns begin.
 __device__ __forceinline__ void load_sums(const Sums& sums, float scale, uint32_t row,
                                           uint32_t offset, uint32_t column, uint32_t width,
-                                          float (&values)[kLaneValues]) {
+                                          float (&values)[kPieceColumns]) {
   const float* from = sums.values + uint64_t(row) * sums.stride + offset;
   const uint64_t part_stride = uint64_t(sums.rows) * sums.stride;
   // So many parts are in flight: two is what a decode step's matrices mostly leave.
   const auto add_parts = [&]<uint32_t kTogether>() {
-    float pieces[kTogether][kLaneValues] = {};
+    float pieces[kTogether][kPieceColumns] = {};
 #pragma unroll
     for (uint32_t i = 0; i < kTogether; ++i)
       load_piece(from + i * part_stride, column, width, pieces[i]);
 #pragma unroll
     for (uint32_t i = 0; i < kTogether; ++i) {
 #pragma unroll
-      for (uint32_t j = 0; j < kLaneValues; ++j) values[j] += pieces[i][j];
+      for (uint32_t j = 0; j < kPieceColumns; ++j) values[j] += pieces[i][j];
     }
     from += kTogether * part_stride;
   };
@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_sums(const Sums& sums, float scale, uint32_
 }
 
 __device__ __forceinline__ void load_weight(const DeviceNorm& norm, uint32_t column, uint32_t width,
-                                            float (&values)[kLaneValues]) {
+                                            float (&values)[kPieceColumns]) {
   if (norm.weight) return load_piece(norm.weight, column, width, values);
 #pragma unroll
   for (float& value : values) value = 1;
@@ -186,9 +186,9 @@ __device__ __forceinline__ void store_row(const ClusterPlace& place, const Row<k
                                           uint32_t width, const ScaledRows& normed, uint32_t row) {
   const float inverse_scale = 1 / scale;
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t column) {
-    float values[kLaneValues];
+    float values[kPieceColumns];
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j)
+    for (uint32_t j = 0; j < kPieceColumns; ++j)
       values[j] = x.values[i][j] * factor * weight.values[i][j] * inverse_scale;
     store_activations(normed.rows, row, column, values);
   });
@@ -204,7 +204,7 @@ __device__ __forceinline__ void store_normed(const ClusterPlace& place, const Ro
   RowFacts<1, 1> own = {};
   for_each_piece<kTiles>(place, width, [&](int i, uint32_t) {
 #pragma unroll
-    for (uint32_t j = 0; j < kLaneValues; ++j) {
+    for (uint32_t j = 0; j < kPieceColumns; ++j) {
       const float value = x.values[i][j];
       own.values[0] += value * value;
       own.values[1] = fmaxf(own.values[1], fabsf(value * weight.values[i][j]));

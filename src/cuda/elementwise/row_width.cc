@@ -8,10 +8,10 @@ void check_row_width(uint32_t width, uint32_t most) {
     fail(ErrorCode::kUnsupported, "rows of {} values are too wide for this backend, which takes {}",
          width, most);
   }
-  if (width % kLaneValues != 0) {
+  if (width % kPieceColumns != 0) {
     fail(ErrorCode::kUnsupported,
          "rows of {} values: CUDA has kernels for multiples of {}; use --backend cpu", width,
-         kLaneValues);
+         kPieceColumns);
   }
 }
 
