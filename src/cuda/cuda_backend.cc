@@ -225,11 +225,19 @@ uint64_t packed_bytes(const DeviceMatrix& matrix) {
   return bytes;
 }
 
+// Says what has no kernel before anything is loaded.
+const Plan& require_kernels(const Plan& plan) {
+  for (const Step& step : plan.steps) {
+    if (const auto* qkv = std::get_if<NormQkvStep>(&step)) check_heads(qkv->shape);
+  }
+  return plan;
+}
+
 CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const Progress& progress)
     : plan_(plan),
       options_(options),
       device_(select(options.device)),
-      weights_(plan, options.weights, progress),
+      weights_(require_kernels(plan), options.weights, progress),
       kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
   for (size_t i = 0; i < plan.steps.size(); ++i) {

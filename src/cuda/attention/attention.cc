@@ -42,9 +42,7 @@ void launch_prefill(cudaStream_t stream, const AttentionKernelArgs& args,
 
 }  // namespace
 
-void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
-                      const AttentionLaunch& launch, const AttentionArgs& step) {
-  const backend::AttentionShape& shape = layer.shape;
+void check_heads(const backend::AttentionShape& shape) {
   const uint32_t head_dim = shape.head_dim;
   if (head_dim != 64 && head_dim != 128 && head_dim != 256 && head_dim != 512)
     fail(ErrorCode::kUnsupported,
@@ -55,6 +53,11 @@ void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
          "attention with {} query heads for {} KV heads: CUDA takes up to {} for each; use "
          "--backend cpu",
          shape.query_heads, shape.kv_heads, kQueryTile);
+}
+
+void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
+                      const AttentionLaunch& launch, const AttentionArgs& step) {
+  check_heads(layer.shape);
   const AttentionKernelArgs args = {layer, launch, step, static_cast<__half*>(step.workspace)};
   const FormatKernels kernels = kernels_of(layer.kv.format);
   if (launch.single_rows > 0) kernels.decode(stream, args);

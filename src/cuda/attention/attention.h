@@ -82,11 +82,13 @@ struct AttentionArgs {
   ActivationRows output;  // [rows, query_width]
 };
 
+// Throws Error(kUnsupported) for heads without a kernel.
+void check_heads(const backend::AttentionShape& shape);
+
 // Starts the kernels: one for single rows; one that stores the other rows' queries, keys and values
-// and one that attends. Other rows of one sequence stand
-// together, at consecutive positions. Pages of earlier steps are read before the kernel in front
-// has ended: no kernel of the same step may write them. Throws Error(kUnsupported) for a head_dim
-// or format without a kernel.
+// and one that attends. Other rows of one sequence stand together, at consecutive positions. Pages
+// of earlier steps are read before the kernel in front has ended: no kernel of the same step may
+// write them. Throws Error(kUnsupported) for heads or a format without a kernel.
 void launch_attention(cudaStream_t stream, const AttentionLayer& layer,
                       const AttentionLaunch& launch, const AttentionArgs& args);
 

@@ -695,8 +695,8 @@ TEST(AttentionReplay, RepeatsToTheBit) {
 
 TEST(AttentionLimits, HeadsWithoutAKernelAreRefused) {
   AttentionLayer layer = {};
-  layer.shape = {4, 2, 96};
-  EXPECT_THROW(launch_attention(nullptr, layer, {.rows = 1, .single_rows = 1}, {}), Error);
+  EXPECT_THROW(check_heads({4, 2, 96}), Error);
+  EXPECT_THROW(check_heads({65, 1, 64}), Error);
   layer.shape = {4, 2, 64};
   layer.kv.format = KvFormat::kF32;
   EXPECT_THROW(launch_attention(nullptr, layer, {.rows = 1, .single_rows = 1}, {}), Error);
