@@ -253,8 +253,8 @@ void print(const Report& report) {
 void print(const Profile& profile, double read_bytes_per_s) {
   double total_us = 0;
   for (const backend::ProfileEntry& entry : profile.entries) total_us += entry.us;
-  if (total_us == 0) {
-    fmt::print("\nthis backend has no profile\n");
+  if (profile.entries.empty()) {
+    fmt::print("\n{} step: this backend has no profile\n", profile.step);
     return;
   }
   fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>6}  {}\n",
