@@ -73,7 +73,7 @@ std::string in_words(uint64_t bytes) {
 // "; what would fit: ..." for an error message.
 std::string what_would_fit(const Plan& plan, SizeRequest request, uint64_t free_bytes) {
   std::string list;
-  for (const KvOptions& kv : std::vector(request.alternatives)) {
+  for (const KvOptions& kv : request.alternatives) {
     request.kv = kv;
     const uint32_t context = largest_context(plan, request, free_bytes);
     if (context == 0) continue;

@@ -597,6 +597,8 @@ TEST(KvBudget, ASessionThatFindsNoPagesFailsAlone) {
   }
   ASSERT_TRUE(big->error());
   EXPECT_EQ(big->error()->code(), ErrorCode::kOutOfMemory);
+  EXPECT_NE(std::string(big->error()->what()).find("all 8 pages of"), std::string::npos)
+      << big->error()->what();
   EXPECT_FALSE(small->error());
   EXPECT_EQ(last_row(*small), fake_logits(text));
   EXPECT_EQ(code_of([&] { big->feed(text); }), ErrorCode::kSessionUnusable);

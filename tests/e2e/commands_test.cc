@@ -83,6 +83,26 @@ TEST(Run, ContinuesTheGoldenPromptAsTheModelWasTrainedTo) {
   EXPECT_EQ(answer.at("finish_reason"), "stop");
 }
 
+TEST(Run, TakesEveryCacheFormatInEitherLayout) {
+  const json::value golden = json::parse(read_file(fixture("golden/chat.json")));
+  const size_t count = golden.at("greedy").as_array().size();
+  for (const std::string kv : {"f16", "q8", "tq4"}) {
+    for (const std::string layout : {"auto", "split"}) {
+      SCOPED_TRACE(kv + " " + layout);
+      const json::value answer = parsed(nibble(
+          {"run", micro("f16"), "-p", "What is the Debian package curl?", "--temp", "0", "--json",
+           "--backend", "cpu", "--kv", kv, "--kv-window", kv, "--kv-layout", layout}));
+      json::array tokens = answer.at("tokens").as_array();
+      ASSERT_GE(tokens.size(), count / 2);
+      tokens.resize(std::min(tokens.size(), count));
+      // Four bits may choose another word.
+      if (kv != "tq4") {
+        EXPECT_EQ(tokens, golden.at("greedy").as_array());
+      }
+    }
+  }
+}
+
 TEST(Run, SameSeedSameTextAnotherSeedAnotherText) {
   const auto ask = [](const std::string& seed) {
     const Outcome outcome = nibble(question({"--temp", "1", "--seed", seed}));
@@ -337,6 +357,21 @@ TEST(Inspect, ShowsMetadataTensorsAndMemory) {
     EXPECT_EQ(number(row, "/driver_bytes") > 0, cuda);
     EXPECT_EQ(row.as_object().contains("smallest_card_gb"), cuda);
   }
+}
+
+TEST(Bench, SaysHowKeysAndValuesAreStored) {
+  const auto cache = [](std::vector<std::string> options) {
+    const TemporaryFile file;
+    options.insert(options.begin(), {"bench", micro("f16"), "--context", "64", "--generate", "4",
+                                     "--backend", "cpu", "--json", file.path()});
+    const Outcome outcome = nibble(options);
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+    const json::value result = json::parse(read_file(file.path()));
+    return std::string(result.at_pointer("/config/kv").as_string());
+  };
+  EXPECT_EQ(cache({}), "f16 in shared rows, f16 in windows");
+  EXPECT_EQ(cache({"--kv", "tq4", "--kv-window", "q8"}), "tq4 in shared rows, q8 in windows");
+  EXPECT_EQ(cache({"--kv", "q8", "--kv-layout", "split"}), "q8, f16 in windows");
 }
 
 TEST(Bench, MeasuresEachContextAndBatch) {
