@@ -16,9 +16,4 @@ inline bool has_gpu() {
 #define NIBBLE_NEEDS_GPU() \
   if (!::nibble::cuda::test::has_gpu()) GTEST_SKIP() << "this machine has no CUDA device"
 
-using cuda::device_shape;
-inline MatrixUnit matrix_unit() {
-  return device_matrix_unit();
-}
-
 }  // namespace nibble::cuda::test

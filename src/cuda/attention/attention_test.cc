@@ -84,7 +84,7 @@ class Step {
     column_tiles_ = (shape.query_width() + kTileColumns - 1) / kTileColumns;
     values_ = DeviceArray<uint16_t>((places_.size() + kMostRows) * column_tiles_ * kTileColumns);
     means_ = DeviceArray<ActivationMeans>((places_.size() + kMostRows) * column_tiles_);
-    split_parts_ = DeviceArray<SplitPart>(most_split_parts(test::device_shape().multiprocessors));
+    split_parts_ = DeviceArray<SplitPart>(most_split_parts(device_shape().multiprocessors));
     NIBBLE_CUDA(cudaMemset(split_parts_.data(), 0xff, split_parts_.size() * sizeof(SplitPart)));
   }
 
@@ -537,10 +537,11 @@ struct Kernel {
   bool little_scratch = false;
 };
 std::vector<Kernel> kernels(const backend::AttentionShape& shape, const Storage& storage) {
-  const DeviceShape device = test::device_shape();
+  const DeviceShape device = device_shape();
   const KvRows rows = kv_rows(kv_layer(shape, storage), shape.head_dim);
   std::vector<Kernel> kernels;
-  if (choose_attention(device, test::matrix_unit(), shape, rows, 2, 0).unit == MatrixUnit::kWgmma) {
+  if (choose_attention(device, device_matrix_unit(), shape, rows, 2, 0).unit ==
+      MatrixUnit::kWgmma) {
     kernels.push_back({device, MatrixUnit::kWgmma, "wgmma"});
     if (rows.block > 0) kernels.push_back({device, MatrixUnit::kWgmma, "wgmma, sections", true});
   }
@@ -668,7 +669,7 @@ TEST(AttentionReplay, RepeatsToTheBit) {
   for (const Storage& storage : kStorages) {
     SCOPED_TRACE(std::to_string(seed) + ", " + std::string(to_string(storage.format)));
     Step step({{8, 2, 128}, 0, false}, storage, {{700, 1}, {40, 1}, {11, 7}}, seed);
-    step.choose(test::device_shape(), test::matrix_unit());
+    step.choose(device_shape(), device_matrix_unit());
     step.run(nullptr);
     NIBBLE_CUDA(cudaDeviceSynchronize());
     const std::vector<uint16_t> direct = step.output_bits();

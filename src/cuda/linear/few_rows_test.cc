@@ -120,7 +120,7 @@ void expect_product(std::vector<Segment> segments, uint32_t columns, uint32_t ro
   }
   NIBBLE_CUDA(cudaDeviceSynchronize());
   const auto launch_for = [&](WeightStorage storage) {
-    return choose_few_rows(test::device_shape(), segments[0].layout, segments[0].rows, second,
+    return choose_few_rows(device_shape(), segments[0].layout, segments[0].rows, second,
                            two ? segments[1].rows : 0, columns, rows, storage);
   };
   const auto parts_of = [&](WeightStorage storage) {

@@ -50,7 +50,7 @@ class Workspace {
   void* data() const { return bytes_.data(); }
 
  private:
-  const DeviceArray<std::byte> bytes_{many_rows_workspace_bytes(test::device_shape())};
+  const DeviceArray<std::byte> bytes_{many_rows_workspace_bytes(device_shape())};
 };
 
 struct Case {
@@ -90,7 +90,7 @@ void expect_product(const Workspace& workspace, const Case& c, MatrixUnit unit) 
   constexpr uint32_t kFirstOutput = 3;
   const uint32_t stride = c.matrix_rows + 5;
   std::vector<ManyRowsLaunch> launches =
-      many_rows_candidates(test::device_shape(), unit, c.layout, c.matrix_rows, c.columns, c.rows);
+      many_rows_candidates(device_shape(), unit, c.layout, c.matrix_rows, c.columns, c.rows);
   const ManyRowsLaunch launch = launches[random() % launches.size()];
   SCOPED_TRACE(testing::Message() << launch.sharers << " blocks a multiprocessor, "
                                   << launch.column_chunks << " chunks");
