@@ -293,8 +293,9 @@ void bench(const BenchOptions& options) {
   engine::EngineOptions engine_options = options.model.engine_options();
   engine_options.context = contexts.back();
   if (options.profile) {
-    const uint32_t ubatch = options.model.ubatch;
-    engine_options.context += kProfiledSteps + (ubatch == 0 ? engine::kDefaultUbatch : ubatch);
+    const uint32_t ubatch = engine_options.ubatch;
+    engine_options.context +=
+        kProfiledSteps + (ubatch == 0 ? engine::default_ubatch(engine_options.backend) : ubatch);
   }
   engine_options.context = std::max(engine_options.context, options.capacity);
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());

@@ -107,7 +107,8 @@ void ModelOptions::add_to(CLI::App& command) {
       ->check(finite_between(1, 1024))
       ->type_name("N")
       ->group(kGroup);
-  command.add_option("--ubatch", ubatch, "Most tokens in one step; left out: 512")
+  command
+      .add_option("--ubatch", ubatch, "Most tokens in one step; left out: 1024 on CUDA, else 512")
       ->check(finite_between(1, 65536))
       ->type_name("TOKENS")
       ->group(kGroup);

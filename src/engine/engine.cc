@@ -110,6 +110,7 @@ const BackendKind& find_backend(std::string_view name) {
 // What is known of a backend whether this build has it or not.
 struct BackendTraits {
   std::string_view name;
+  uint32_t ubatch;                            // where none is asked for
   std::vector<backend::KvFormat> kv_formats;  // the first one where none is asked for
   uint64_t driver_bytes = 0;                  // MemoryNeeds'
 };
@@ -118,10 +119,10 @@ struct BackendTraits {
 const BackendTraits* find_traits(std::string_view backend) {
   using enum backend::KvFormat;
   static const BackendTraits traits[] = {
-      // 0.34 to 0.35 GB were measured: docs/measurements/memory.md.
-      {"cuda", {kF16, kQ8, kTq4}, 350'000'000},
-      {"cpu", {kF16, kQ8, kTq4, kF32}},
-      {"reference", {kF32, kF16, kQ8, kTq4}},
+      // 0.34 to 0.35 GB were measured: docs/measurements/memory.md. The step: prefill.md.
+      {"cuda", 1024, {kF16, kQ8, kTq4}, 350'000'000},
+      {"cpu", 512, {kF16, kQ8, kTq4, kF32}},
+      {"reference", 512, {kF32, kF16, kQ8, kTq4}},
   };
   if (backend == "auto") backend = find_backend("auto").name;
   const auto* found = std::ranges::find(traits, backend, &BackendTraits::name);
@@ -135,7 +136,7 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
   }
   if (options.ubatch > kMaxUbatch) {
     fail(ErrorCode::kInvalidArgument, "ubatch is {}, expected 1 to {}, or 0 for {}", options.ubatch,
-         kMaxUbatch, kDefaultUbatch);
+         kMaxUbatch, default_ubatch(kind.name));
   }
   if (options.device >= kind.devices()) {
     fail(ErrorCode::kInvalidArgument, "device {} asked for, but backend '{}' has {}, from 0 on",
@@ -153,6 +154,12 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
 }
 
 }  // namespace
+
+uint32_t default_ubatch(std::string_view backend) {
+  const BackendTraits* traits = find_traits(backend);
+  NIBBLE_CHECK(traits != nullptr);
+  return traits->ubatch;
+}
 
 std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
   const BackendTraits* traits = find_traits(backend);
@@ -186,7 +193,7 @@ SizeRequest size_request(const backend::Plan& plan, const EngineOptions& options
           .alternatives = kv_choices(plan, options),
           .context = options.context,
           .sessions = options.sessions,
-          .ubatch = options.ubatch == 0 ? kDefaultUbatch : options.ubatch,
+          .ubatch = options.ubatch == 0 ? default_ubatch(options.backend) : options.ubatch,
           .snapshots = options.snapshots};
 }
 

@@ -22,8 +22,6 @@ namespace nibble::engine {
 class Scheduler;
 class Session;
 
-inline constexpr uint32_t kDefaultUbatch = 512;
-
 // The start of a turn and the end of its prompt.
 inline constexpr uint32_t kTurnSnapshots = 2;
 
@@ -37,14 +35,16 @@ struct EngineOptions {
   uint32_t context = 0;   // most tokens of a session; 0: trained context or what fits
   uint32_t sessions = 1;  // sessions of that context that memory must serve
   uint32_t threads = 0;   // 0: one per core
-  uint32_t ubatch = 0;    // most tokens of one step; 0: kDefaultUbatch
+  uint32_t ubatch = 0;    // most tokens of one step; 0: default_ubatch()
   uint32_t device = 0;
   // States of its cache that each session keeps to go back to (Session::truncate), as far as memory
   // has room for them; 0 where no session ever goes back.
   uint32_t snapshots = kTurnSnapshots;
 };
 
-// In which formats a backend, named as in EngineOptions, stores keys and values; its default first.
+// Most tokens of one step where options leave it open, of a backend named as in EngineOptions.
+uint32_t default_ubatch(std::string_view backend);
+// In which formats such a backend stores keys and values; its default first.
 // Also of "cuda" where this build or machine has none; empty for a name that is no backend's.
 std::span<const backend::KvFormat> kv_formats(std::string_view backend);
 // How open() stores them: what `options` leave open is decided. The backend must be one.
