@@ -87,7 +87,11 @@ void ModelOptions::add_to(CLI::App& command) {
       ->check(CLI::IsMember({"auto", "direct", "packed"}).description(""))
       ->type_name("LAYOUT")
       ->group(kGroup);
-  command.add_option("--kv", kv, "Format of keys and values in the cache: auto, f16, q8, tq4, f32")
+  command
+      .add_option(
+          "--kv", kv,
+          "Format of keys and values in the cache: auto (f16, beyond a context of 8192 q8), "
+          "f16, q8, tq4, f32")
       ->check(CLI::IsMember({"auto", "f32", "f16", "q8", "tq4"}).description(""))
       ->type_name("FORMAT")
       ->group(kGroup);

@@ -166,11 +166,13 @@ std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
   return traits ? traits->kv_formats : std::span<const backend::KvFormat>();
 }
 
-backend::KvOptions kv_options(const EngineOptions& options) {
+backend::KvOptions kv_options(const backend::Plan& plan, const EngineOptions& options) {
   using enum backend::KvFormat;
   const BackendTraits* traits = find_traits(options.backend);
   NIBBLE_CHECK(traits != nullptr);
-  const backend::KvFormat format = options.kv_format.value_or(traits->kv_formats.front());
+  backend::KvFormat format = traits->kv_formats.front();
+  if (format == kF16 && options.context > kLongContext && allows(plan, kQ8)) format = kQ8;
+  if (options.kv_format) format = *options.kv_format;
   return {.format = format,
           .window_format = options.kv_window_format.value_or(format == kF32 ? kF32 : kF16),
           .layout = options.kv_layout};
@@ -181,7 +183,7 @@ std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOpti
   for (const backend::KvFormat format : kv_formats(options.backend)) {
     if (!allows(plan, format)) continue;
     options.kv_format = format;
-    choices.push_back(kv_options(options));
+    choices.push_back(kv_options(plan, options));
   }
   return choices;
 }
@@ -189,7 +191,7 @@ std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOpti
 namespace {
 
 SizeRequest size_request(const backend::Plan& plan, const EngineOptions& options) {
-  return {.kv = kv_options(options),
+  return {.kv = kv_options(plan, options),
           .alternatives = kv_choices(plan, options),
           .context = options.context,
           .sessions = options.sessions,

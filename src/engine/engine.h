@@ -28,7 +28,7 @@ inline constexpr uint32_t kTurnSnapshots = 2;
 struct EngineOptions {
   std::string backend = "auto";  // "auto", "cuda" (where this build has it), "cpu", "reference"
   std::optional<backend::WeightStorage> weights;  // nullopt: the faster one that the backend has
-  std::optional<backend::KvFormat> kv_format;     // nullopt: the backend's default (f16)
+  std::optional<backend::KvFormat> kv_format;     // nullopt: kv_options() decides
   // Of layers with a sliding window, which are small; nullopt: f32 if the others are, else f16.
   std::optional<backend::KvFormat> kv_window_format;
   backend::KvLayout kv_layout = backend::KvLayout::kAuto;
@@ -47,8 +47,11 @@ uint32_t default_ubatch(std::string_view backend);
 // In which formats such a backend stores keys and values; its default first.
 // Also of "cuda" where this build or machine has none; empty for a name that is no backend's.
 std::span<const backend::KvFormat> kv_formats(std::string_view backend);
-// How open() stores them: what `options` leave open is decided. The backend must be one.
-backend::KvOptions kv_options(const EngineOptions& options);
+// How open() stores them. The backend must be one. A format left open becomes its default; but q8
+// instead of f16 if more than kLongContext tokens are asked for and the model allows it, since it
+// costs half the bytes and next to nothing else (docs/formats/kv-quality.md).
+inline constexpr uint32_t kLongContext = 8192;
+backend::KvOptions kv_options(const backend::Plan& plan, const EngineOptions& options);
 // The same with each format that backend and model allow.
 std::vector<backend::KvOptions> kv_choices(const backend::Plan& plan, EngineOptions options);
 

@@ -63,6 +63,33 @@ TEST(MemoryNeeds, KvFollowsContextWindowAndFormat) {
             cuda.weights_bytes + cuda.kv_bytes + cuda.workspace_bytes + cuda.driver_bytes);
 }
 
+TEST(KvOptions, LongContextsAreQ8UnlessSaidOtherwise) {
+  const backend::Plan plan = plan_of(100'000);
+  const auto format = [&](const char* backend, uint32_t context,
+                          std::optional<KvFormat> asked = {}) {
+    EngineOptions options;
+    options.backend = backend;
+    options.context = context;
+    options.kv_format = asked;
+    return kv_options(plan, options).format;
+  };
+  for (const char* backend : {"cpu", "cuda"}) {
+    EXPECT_EQ(format(backend, 0), KvFormat::kF16);
+    EXPECT_EQ(format(backend, 8192), KvFormat::kF16);
+    EXPECT_EQ(format(backend, 8193), KvFormat::kQ8);
+    EXPECT_EQ(format(backend, 100'000, KvFormat::kF16), KvFormat::kF16);
+    EXPECT_EQ(format(backend, 512, KvFormat::kTq4), KvFormat::kTq4);
+  }
+  EXPECT_EQ(format("reference", 100'000), KvFormat::kF32);
+
+  backend::Plan odd = plan;
+  odd.caches[1].head_dim = 80;
+  EngineOptions options;
+  options.backend = "cpu";
+  options.context = 100'000;
+  EXPECT_EQ(kv_options(odd, options).format, KvFormat::kF16);
+}
+
 TEST(Fit, TakesTheTrainedContextWhereItFits) {
   EXPECT_EQ(fit(plan_of(8192), request(0), uint64_t{1} << 40).context, 8192u);
   EXPECT_EQ(fit(plan_of(8192), request(100), uint64_t{1} << 40).context, 100u);
