@@ -1,4 +1,6 @@
 # CUDA where nvcc is found; everything else works without. NIBBLE_CUDA=OFF leaves it out.
+# Sets NIBBLE_HAS_CUDA. (CMAKE_CUDA_COMPILER does not say: it stays in the cache.)
+set(NIBBLE_HAS_CUDA OFF)
 option(NIBBLE_CUDA "Build the CUDA backend when nvcc is found" ON)
 set(NIBBLE_CUDA_ARCHITECTURES "" CACHE STRING
   "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES takes them; empty: this machine's GPU, else 90a")
@@ -31,6 +33,7 @@ list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND "-real" REGEX "^[0-9]+[a-z]?$")
 # The runtime is linked statically; it loads the driver when it is first used, if there is one.
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
+set(NIBBLE_HAS_CUDA ON)
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has C++20
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
   set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
