@@ -30,7 +30,7 @@ dist:
 	@cmake --build --preset dist --target nibble -j $(JOBS)
 
 demo: setup build
-	build/release/nibble run -p 'What does "harbour" mean?' --seed 2
+	build/release/nibble run -p 'What does "harbour" mean?' --seed 7
 
 test: setup
 	@cmake --preset release -DNIBBLE_WERROR=$(WERROR) > /dev/null
