@@ -176,6 +176,7 @@ class Bench {
 };
 
 struct Report {
+  std::string kv;  // as it is stored: `auto` depends on the context
   std::vector<Point> points;
   backend::MemoryUse memory;
   uint64_t peak_kv_bytes;
@@ -218,7 +219,7 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
             {"architecture", plan.architecture},
             {"weight_bytes_per_step", weight_bytes_per_step(plan)}}},
           {"config",
-           {{"kv", describe_kv(engine.backend().kv().groups())},
+           {{"kv", report.kv},
             {"context", engine.context()},
             {"ubatch", engine.ubatch()},
             {"generate", options.generate}}},
@@ -244,8 +245,8 @@ void print(const Report& report) {
                point.decode_ms, point.bytes_per_token / 1e6, point.bytes_per_s() / 1e9,
                100 * point.bytes_per_s() / report.read_bytes_per_s);
   }
-  fmt::print("\nweights {}, cache {}, workspace {}; most memory ever resident {}\n",
-             human_bytes(report.memory.weights_bytes), human_bytes(report.peak_kv_bytes),
+  fmt::print("\nweights {}, cache {} ({}), workspace {}; most memory ever resident {}\n",
+             human_bytes(report.memory.weights_bytes), human_bytes(report.peak_kv_bytes), report.kv,
              human_bytes(report.memory.workspace_bytes), human_bytes(report.peak_bytes));
 }
 
@@ -302,6 +303,7 @@ void bench(const BenchOptions& options) {
   const OpenModel model = open_model(options.model, engine_options);
 
   Report report;
+  report.kv = describe_kv(model.engine->backend().kv().groups());
   {
     Bench bench(*model.engine, options.generate);
     for (const uint32_t batch : batches) bench.run(batch, contexts);
