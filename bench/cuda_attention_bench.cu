@@ -16,6 +16,7 @@
 #include "cuda/device_array.h"
 #include "cuda/linear/launch_few_rows.h"
 #include "cuda/runtime.h"
+#include "timing.h"
 
 namespace {
 
@@ -38,39 +39,6 @@ __global__ void fill_f16(uint16_t* to, size_t count) {
     bits ^= bits >> 15;
     to[i] = __half_as_ushort(__float2half_rn(float(bits * 2246822519u) * 0x1p-30f - 2));
   }
-}
-
-// Microseconds that what `record` starts takes, median of replays.
-template <class Record>
-double time_graph(const Record& record) {
-  cudaStream_t stream;
-  NIBBLE_CUDA(cudaStreamCreate(&stream));
-  NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  record(stream);
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
-  NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t start, stop;
-  NIBBLE_CUDA(cudaEventCreate(&start));
-  NIBBLE_CUDA(cudaEventCreate(&stop));
-  std::vector<float> times;
-  for (int i = 0; i < 13; ++i) {
-    NIBBLE_CUDA(cudaEventRecord(start, stream));
-    NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
-    NIBBLE_CUDA(cudaEventRecord(stop, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(stop));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, start, stop));
-    if (i >= 2) times.push_back(ms);
-  }
-  NIBBLE_CUDA(cudaEventDestroy(start));
-  NIBBLE_CUDA(cudaEventDestroy(stop));
-  NIBBLE_CUDA(cudaGraphExecDestroy(executable));
-  NIBBLE_CUDA(cudaGraphDestroy(graph));
-  NIBBLE_CUDA(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2] * 1e3;
 }
 
 // Matrices of 4 bits whose numbers mean nothing.
@@ -244,7 +212,7 @@ class Attention {
 double time_alone(Attention& attention, uint32_t least) {
   const uint32_t layers = attention.layers();
   const uint32_t launches = std::max(layers, least) / layers * layers;
-  return time_graph([&](cudaStream_t stream) {
+  return bench::time_graph_us([&](cudaStream_t stream) {
            for (uint32_t i = 0; i < launches; ++i) attention.start(stream, i);
          }) /
          launches;
@@ -268,7 +236,7 @@ void measure_decode(const Model& model, const Storage& storage, uint32_t context
   const double us = time_alone(attention, 24);
   // Its matrices write sums that attention does not read: those here are fit to be attended to.
   const auto time_chain = [&](bool with_attention) {
-    return time_graph([&](cudaStream_t stream) {
+    return bench::time_graph_us([&](cudaStream_t stream) {
              for (uint32_t i = 0; i < 2 * kMatrices; ++i) {
                before.multiply(stream, i % kMatrices, normed, other_sums.data());
                if (with_attention) attention.start(stream, i);

@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -20,6 +19,7 @@
 #include "cuda/elementwise/elementwise.h"
 #include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_many_rows.h"
+#include "timing.h"
 
 namespace {
 
@@ -109,25 +109,14 @@ class Yardstick {
 };
 
 // Median microseconds of one call among `calls` in a row.
-double time_calls(int calls, const std::function<void(cudaStream_t)>& call) {
-  cudaStream_t stream;
-  NIBBLE_CUDA(cudaStreamCreate(&stream));
-  cudaEvent_t start, stop;
-  NIBBLE_CUDA(cudaEventCreate(&start));
-  NIBBLE_CUDA(cudaEventCreate(&stop));
-  std::vector<float> times;
-  for (int i = 0; i < 7; ++i) {
-    NIBBLE_CUDA(cudaEventRecord(start, stream));
-    for (int j = 0; j < calls; ++j) call(stream);
-    NIBBLE_CUDA(cudaEventRecord(stop, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(stop));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, start, stop));
-    if (i >= 2) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  NIBBLE_CUDA(cudaStreamDestroy(stream));
-  return times[times.size() / 2] * 1e3 / calls;
+template <class Call>
+double time_calls(int calls, const Call& call) {
+  const Stream stream;
+  return bench::time_us(stream.handle, 5,
+                        [&] {
+                          for (int i = 0; i < calls; ++i) call(stream.handle);
+                        }) /
+         calls;
 }
 
 // A matrix whose row tiles repeat a few random ones, out of step with its own.

@@ -20,6 +20,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/runtime.h"
 #include "report.h"
+#include "timing.h"
 
 namespace {
 
@@ -149,37 +150,6 @@ struct Activations {
   Activations(const Activations&) = delete;
 };
 
-// Median microseconds of one launch in a graph of `launches`.
-template <class Record>
-double time_graph(int launches, Record record) {
-  cudaStream_t stream;
-  NIBBLE_CUDA(cudaStreamCreate(&stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < launches; ++i) record(stream, i);
-  NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
-  NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t start, stop;
-  NIBBLE_CUDA(cudaEventCreate(&start));
-  NIBBLE_CUDA(cudaEventCreate(&stop));
-  std::vector<float> times;
-  for (int i = 0; i < 13; ++i) {
-    NIBBLE_CUDA(cudaEventRecord(start, stream));
-    NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
-    NIBBLE_CUDA(cudaEventRecord(stop, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(stop));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, start, stop));
-    if (i >= 2) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  NIBBLE_CUDA(cudaGraphExecDestroy(executable));
-  NIBBLE_CUDA(cudaGraphDestroy(graph));
-  NIBBLE_CUDA(cudaStreamDestroy(stream));
-  return times[times.size() / 2] * 1e3 / launches;
-}
-
 // |output - expected| / |expected| over sampled rows, in double.
 template <class Layout>
 double relative_error(const Matrix<Layout>& matrix, const Activations& activations,
@@ -243,7 +213,11 @@ void measure(const Shape& shape, const Matrix<Layout>& matrix, uint32_t rows) {
   const double error = relative_error(matrix, activations, result, launch.parts);
 
   const std::string type(quant::quant_traits(Layout::kSource).name);
-  const double us = time_graph(std::max<int>(24, 2 * int(matrix.copies.size())), start);
+  const int launches = std::max<int>(24, 2 * int(matrix.copies.size()));
+  const double us = bench::time_graph_us([&](cudaStream_t stream) {
+                      for (int i = 0; i < launches; ++i) start(stream, i);
+                    }) /
+                    launches;
   // Bytes that must move: weights, activations once, the parts of the result.
   const double bytes = double(matrix.bytes()) +
                        double(rows) * (matrix.columns * 2 + matrix.rows * 4.0 * launch.parts);
@@ -374,7 +348,8 @@ class Step {
 
  private:
   void report(const char* what, bool small) {
-    const double ms = time_graph(1, [&](cudaStream_t stream, int) { record(stream, small); }) / 1e3;
+    const double ms =
+        bench::time_graph_us([&](cudaStream_t stream) { record(stream, small); }) / 1e3;
     std::printf("| %u rows, %-18s | %.3f ms | %4.0f GB/s | %5.1f steps/s |\n", rows_, what, ms,
                 bytes_ / ms / 1e6, 1e3 / ms);
     std::fflush(stdout);
