@@ -154,8 +154,7 @@ class OneTileBlock : public PrefillWgmmaBlock<Kv> {
                 key % 64 / 16 * ptx::kDescriptorStep;
             ptx::wgmma_shared<Base::kProductDims, true>(results[j], left, right, true);
           });
-      __syncwarp();  // all lanes have read the factors
-      if (this->lane_ == 0) ptx::barrier_arrive(&this->weights_free_[step % 2]);
+      ptx::barrier_arrive(&this->weights_free_[step % 2]);
       ++step;
     });
     if (!this->args_.section.is_last) return this->leave_results(index, results);
@@ -172,7 +171,7 @@ class OneTileBlock : public PrefillWgmmaBlock<Kv> {
   }
   // Of a step, written and published before.
   __device__ __forceinline__ void hand_over(uint32_t step) const {
-    if (this->lane_ == 0) ptx::barrier_arrive(&this->weights_full_[step % 2]);
+    if (this->lane_ % 4 == 0) ptx::barrier_arrive(&this->weights_full_[step % 2]);
   }
 
   __device__ __forceinline__ uint32_t query(uint32_t i) const {

@@ -165,8 +165,10 @@ class PrefillWgmmaBlock {
       ptx::barrier_init(&values_free_[i], kClusterBlocks * kValueWarps);
     }
     for (uint32_t i = 0; i < 2; ++i) {
-      ptx::barrier_init(&weights_full_[i], kWarpgroupWarps);
-      ptx::barrier_init(&weights_free_[i], kValueWarps);
+      // Every lane that writes or reads factors arrives itself: one that does it for its warp would
+      // do, but racecheck does not see that the others have met it.
+      ptx::barrier_init(&weights_full_[i], kWarpgroupWarps * kLanes / 4);
+      ptx::barrier_init(&weights_free_[i], kValueWarps * kLanes);
     }
     ptx::barrier_init(queries_full_, 1);
     ptx::barrier_init_fence();
