@@ -32,12 +32,17 @@ DecodeShape decode_shape(const DeviceShape& device, const backend::AttentionShap
                          const KvRows& rows) {
   const uint32_t head_dim = shape.head_dim, team = head_dim / part_dims(head_dim);
   const uint32_t scale_bytes = 2 * rows.row_scales;
-  const uint32_t tile_bytes =
-      kKeyTile * (part_row_stride(rows.format, head_dim, rows.block) + scale_bytes);
+  const uint32_t tile_bytes = kTeamKeys * part_row_stride(rows.format, head_dim, rows.block);
+  const uint32_t tile_scales = kTeamKeys * scale_bytes;
+  // Warps that have values beside the keys: in shared rows those of the RoPE block, without scales.
+  const uint32_t with_values =
+      rows.shared ? (rows.order.rope_dims + part_dims(head_dim) - 1) / part_dims(head_dim) : team;
+  const uint32_t ring =
+      decode_stages(rows.format) * (team * (tile_bytes + tile_scales) +
+                                    with_values * (tile_bytes + (rows.shared ? 0 : tile_scales)));
   const uint32_t results = kQueryColumns * result_stride(head_dim) * 4;
   DecodeShape at = {};
-  at.team_bytes =
-      align(std::max(team * decode_stages(rows.format, head_dim) * 2 * tile_bytes, results), 128);
+  at.team_bytes = align(std::max(ring, results), 128);
   at.query_stride = head_dim * 2 + (rows.block != 0 ? 64 : 16);
   at.own_stride = align(rows.row_bytes + scale_bytes, 16);
   for (uint32_t teams = kMostDecodeWarps / team; teams > 0; --teams) {
@@ -53,7 +58,7 @@ DecodeShape decode_shape(const DeviceShape& device, const backend::AttentionShap
     const uint32_t makers = std::min(at.warps, kQueryColumns + 2);  // warps that make heads
     at.staged =
         place(rows.block == 0 ? 0 : std::max(makers * staged_floats(rows.values()) * 4, results));
-    at.exchange = place(team == 1 ? 0 : teams * 2 * team * 32 * 16);
+    at.exchange = place(team == 1 ? 0 : teams * 2 * 2 * team * 32 * 16);
     at.statistics = place(2 * teams * kQueryColumns * 4);
     at.turns = place(head_dim / 2 * 8);
     at.bytes = end;

@@ -88,9 +88,11 @@ constexpr uint32_t part_row_stride(backend::KvFormat format, uint32_t head_dim, 
   const uint32_t piece = block == 0 ? 16 : bytes / (part_dims(head_dim) / block);
   return bytes / piece % 2 == 1 ? bytes : bytes + piece;
 }
+// Keys of a tile: a page's.
+inline constexpr uint32_t kTeamKeys = backend::kKvPageTokens;
 // Tiles that a warp has in flight.
-constexpr uint32_t decode_stages(backend::KvFormat format, uint32_t head_dim) {
-  return format == backend::KvFormat::kTq4 ? 3 : head_dim == 512 ? 2 : 1;
+constexpr uint32_t decode_stages(backend::KvFormat format) {
+  return format == backend::KvFormat::kTq4 ? 3 : 1;
 }
 // Of a row that a warp is making: 16 values, then a gap of 4.
 constexpr uint32_t staged_place(uint32_t index) {
@@ -104,7 +106,7 @@ constexpr uint32_t result_stride(uint32_t head_dim) {
   return head_dim + 36;
 }
 
-inline constexpr uint32_t kMostDecodeWarps = 16;
+inline constexpr uint32_t kMostDecodeWarps = 12;
 
 // The shared memory of a block, in bytes: its teams' rings, then what begins where it says. Depends
 // on the device, and through it does the number of warps.
@@ -116,7 +118,7 @@ struct DecodeShape {
   uint32_t own_rows;      // the row's own key and value, or shared row
   uint32_t own_stride;    // from one to the other
   uint32_t staged;        // f32: rows being made, [warps, staged_floats]; later results in order
-  uint32_t exchange;      // f32 [teams, 2, warps of a team, 32, 4]: parts of scores
+  uint32_t exchange;      // f32 [teams, 2, 2, warps of a team, 32, 4]: parts of scores
   uint32_t statistics;    // f32 [2, teams, kQueryColumns]: largest score, sum
   uint32_t turns;         // float2 [head_dim / 2]
   uint32_t bytes;

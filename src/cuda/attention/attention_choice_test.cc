@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <utility>
 #include <vector>
 
@@ -18,7 +19,11 @@ KvRows rows_of(const backend::AttentionShape& shape, backend::KvFormat format,
   backend::KvLayer layer = {};
   layer.kv_heads = shape.kv_heads;
   if (rope_dims > 0) layer.shared = backend::SharedKvRow{shape.head_dim, rope_dims};
-  layer.row = {format, shape.head_dim + rope_dims, format == backend::KvFormat::kF16 ? 0u : 32u};
+  const uint32_t divisor = 1u << std::countr_zero(shape.head_dim | rope_dims);
+  const uint32_t block = format == backend::KvFormat::kF16  ? 0
+                         : format == backend::KvFormat::kQ8 ? 32
+                                                            : std::min(divisor, 128u);
+  layer.row = {format, shape.head_dim + rope_dims, block};
   return kv_rows(layer, shape.head_dim);
 }
 

@@ -42,12 +42,17 @@ struct DecodeState {
 
   __device__ DecodeState() : results{}, largest{-INFINITY, -INFINITY}, sums{} {}
 
-  // Scores to weights, as the second operand of the product with the values.
-  __device__ void weigh(const float (&scores)[4], uint32_t (&weights)[2]) {
+  // Scores to weights, as the second operand of the product with the values; of kCount tiles.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(const float (&scores)[kCount][4],
+                                        uint32_t (&weights)[kCount][2]) {
     float next[2], shrink[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      next[i] = fmaxf(scores[i], scores[i + 2]);
+      next[i] = -INFINITY;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        next[i] = fmaxf(next[i], fmaxf(scores[k][i], scores[k][i + 2]));
 #pragma unroll
       for (int step = 4; step < 32; step *= 2)
         next[i] = fmaxf(next[i], __shfl_xor_sync(kAllLanes, next[i], step));
@@ -62,16 +67,23 @@ struct DecodeState {
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const __half2 rounded =
-          __floats2half2_rn(ptx::power_of_2(scores[2 * half] - next[0] + kWeightBits),
-                            ptx::power_of_2(scores[2 * half + 1] - next[1] + kWeightBits));
-      sums[0] = (half ? sums[0] : sums[0] * shrink[0]) + __low2float(rounded);
-      sums[1] = (half ? sums[1] : sums[1] * shrink[1]) + __high2float(rounded);
-      weights[half] = ptx::transpose_matrix(ptx::as_bits(rounded));
+    for (int i = 0; i < 2; ++i) {
+      sums[i] *= shrink[i];
+      largest[i] = next[i];
+      next[i] -= float(kWeightBits);
     }
-    largest[0] = next[0];
-    largest[1] = next[1];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const __half2 rounded =
+            __floats2half2_rn(ptx::power_of_2(scores[k][2 * half] - next[0]),
+                              ptx::power_of_2(scores[k][2 * half + 1] - next[1]));
+        sums[0] += __low2float(rounded);
+        sums[1] += __high2float(rounded);
+        weights[k][half] = ptx::transpose_matrix(ptx::as_bits(rounded));
+      }
+    }
   }
 };
 

@@ -4,7 +4,7 @@
 // other form.
 //
 // A block has one row, one KV head with up to 8 of its query heads, and a share of the keys that
-// the row sees. Its warps form teams. A team takes every teams-th tile of 16 keys, and a warp of it
+// the row sees. Its warps form teams. A team takes every teams-th page, and a warp of it
 // at most 128 dimensions of them: it brings its part of keys and values, asked for before the wait
 // for the kernel in front, since only the row's own key depends on that; multiplies its part of the
 // queries by its part of the keys; adds up with the rest of the team, so that all of it know the
@@ -34,138 +34,121 @@ __device__ __forceinline__ uint32_t part_of(uint32_t warp, uint32_t team) {
   return (warp + warp / team) % team;
 }
 
-// A warp's ring of tiles in shared memory: parts of keys, and of values.
+// A warp's ring of tiles in shared memory: parts of keys, and of values where they are not what the
+// keys are. The team's rings of keys stand before those of values.
 template <class Kv>
 class TileRing {
   static constexpr uint32_t kStages = Kv::kStages;
-  static constexpr uint32_t kRowsBytes = kKeyTile * Kv::kStride;
+  static constexpr uint32_t kRowsBytes = kTeamKeys * Kv::kStride;
 
  public:
-  // The pages of a tile's first and last row.
-  struct Pages {
-    uint64_t first, last;
-  };
-
-  __device__ TileRing(const AttentionKernelArgs& args, const WarpShare& share, char* slots,
+  __device__ TileRing(const AttentionKernelArgs& args, const WarpShare& share, char* team,
                       uint32_t lane)
       : kv_(args.layer.kv),
         share_(share),
         table_(page_table(args.step, share.place.sequence)),
-        slots_(slots),
-        scale_bytes_(kKeyTile * 2 * kv_.row_scales),
-        lane_(lane) {}
-
-  __device__ static uint32_t bytes(uint32_t row_scales) {
-    return kStages * 2 * (kRowsBytes + kKeyTile * 2 * row_scales);
+        scale_bytes_(kTeamKeys * 2 * kv_.row_scales),
+        lane_(lane) {
+    const uint32_t part = share.first_dim / Kv::kPartDims, key_bytes = kRowsBytes + scale_bytes_;
+    value_bytes_ = kRowsBytes + (kv_.shared ? 0 : scale_bytes_);
+    const uint32_t rings = ptx::shared_address(team);
+    keys_ = rings + part * kStages * key_bytes;
+    values_ = rings + Kv::kTeam * kStages * key_bytes + part * kStages * value_bytes_;
   }
 
   // Looks up where the first tiles lie.
-  __device__ void look_up_first(Pages (&pages)[kStages]) const {
+  __device__ void look_up_first(uint64_t (&pages)[kStages]) const {
 #pragma unroll
     for (uint32_t i = 0; i < kStages; ++i) pages[i] = look_up(share_.tile + i * share_.stride);
   }
   // Fills the ring.
-  __device__ void ask_first(const Pages (&pages)[kStages]) {
+  __device__ void ask_first(const uint64_t (&pages)[kStages]) {
 #pragma unroll
     for (uint32_t i = 0; i < kStages; ++i) {
-      pages_ = pages[i];
+      page_ = pages[i];
       ask_keys();
       ptx::copy_async_commit();
       ask_values();
       advance();
     }
-    pages_ = look_up(share_.tile);
+    page_ = look_up(share_.tile);
   }
 
   // The next tile's keys, there for all lanes.
   __device__ __forceinline__ KvTile wait_for_keys() const {
-    if (keys_are_values()) {
+    if (kv_.shared) {
       ptx::copy_async_wait<2 * kStages - 2>();
     } else {
       ptx::copy_async_wait<2 * kStages - 1>();
     }
     __syncwarp();
-    return tile(0);
+    return keys();
   }
-  // They have been read by all lanes.
+  // They have been read by all lanes; in shared rows they are read again.
   __device__ __forceinline__ void release_keys() {
     __syncwarp();
-    if (!keys_are_values()) ask_keys();
+    if (!kv_.shared) ask_keys();
     ptx::copy_async_commit();
   }
   // The same tile's values.
   __device__ __forceinline__ KvTile wait_for_values() const {
+    if (kv_.shared) return {values(), keys().scales, 2 * kv_.row_scales};
     ptx::copy_async_wait<2 * kStages - 1>();
     __syncwarp();
-    return tile(1);
+    return {values(), values() + kRowsBytes, 2 * kv_.row_scales};
   }
   __device__ __forceinline__ void release_values() {
     __syncwarp();
-    if (keys_are_values()) ask_keys();
+    if (kv_.shared) ask_keys();
     ask_values();
     advance();
-    pages_ = look_up(share_.tile);
+    page_ = look_up(share_.tile);
   }
 
  private:
-  // Whether values are read from where the keys were: formats with blocks keep them in registers.
-  __device__ __forceinline__ bool keys_are_values() const {
-    return !Kv::kInBlocks && kv_.shared;
+  __device__ __forceinline__ uint32_t values() const {
+    return values_ + slot_ * value_bytes_;
   }
-  __device__ __forceinline__ char* slot(uint32_t of_values) const {
-    return slots_ + (2 * slot_ + of_values) * (kRowsBytes + scale_bytes_);
-  }
-  __device__ __forceinline__ KvTile tile(uint32_t of_values) const {
-    const uint32_t rows = ptx::shared_address(slot(of_values));
+  __device__ __forceinline__ KvTile keys() const {
+    const uint32_t rows = keys_ + slot_ * (kRowsBytes + scale_bytes_);
     return {rows, rows + kRowsBytes, 2 * kv_.row_scales};
   }
 
-  __device__ __forceinline__ Pages look_up(uint32_t tile) const {
-    if (tile >= share_.end) return {};
-    const uint32_t first = share_.keys.begin + tile * kKeyTile;
-    const uint64_t page = table_[first / backend::kKvPageTokens];
-    if (Kv::kTileAlign == kKeyTile) return {page, page};
-    const uint32_t last = min(first + kKeyTile - 1, share_.place.position);
-    return {page, table_[last / backend::kKvPageTokens]};
+  __device__ __forceinline__ uint64_t look_up(uint32_t tile) const {
+    return tile < share_.end ? table_[share_.keys.begin / kTeamKeys + tile] : 0;
   }
 
   __device__ __forceinline__ void ask_keys() const {
-    ask(0, kv_.key_offset, share_.first_dim, Kv::kPartDims);
+    ask(keys().rows, kv_.key_offset, share_.first_dim, Kv::kPartDims, true);
   }
   __device__ __forceinline__ void ask_values() const {
-    ask(1, kv_.value_offset, share_.value_begin, share_.own_values);
+    if (share_.own_values > 0)
+      ask(values(), kv_.value_offset, share_.value_begin, share_.own_values, !kv_.shared);
   }
-  // Copies `dims` of a tile's rows, from dimension `begin` of a row on, and the rows' scales. The
+  // Copies `dims` of a page's rows, from dimension `begin` of a row on, and the rows' scales. The
   // row's own position and what is behind it come along, as nothing that counts.
-  __device__ __forceinline__ void ask(uint32_t of_values, uint64_t offset, uint32_t begin,
-                                      uint32_t dims) const {
+  __device__ __forceinline__ void ask(uint32_t to, uint64_t offset, uint32_t begin, uint32_t dims,
+                                      bool scales) const {
     if (share_.tile >= share_.end) return;
     constexpr uint32_t kChunks = Kv::kPartBytes / 16;  // of a row
-    const uint32_t first = share_.keys.begin + share_.tile * kKeyTile;
-    const uint32_t in_first_page = backend::kKvPageTokens - first % backend::kKvPageTokens;
-    const KvRow at_first = page_row(pages_.first, kv_, offset, share_.kv_head, first);
-    const KvRow at_last = page_row(pages_.last, kv_, offset, share_.kv_head, 0);
-    const char* const before = at_first.numbers + Kv::bytes_of(begin);
-    const char* const after = at_last.numbers + Kv::bytes_of(begin) - in_first_page * kv_.row_bytes;
-    const uint32_t to = ptx::shared_address(slot(of_values));
-    if (dims > 0) {
+    const KvRow page = page_row(page_, kv_, offset, share_.kv_head, 0);
+    const uint32_t row = lane_ / kChunks, chunk = lane_ % kChunks;
+    if (chunk * 16 < Kv::bytes_of(dims)) {
+      const char* const from =
+          page.numbers + Kv::bytes_of(begin) + row * kv_.row_bytes + chunk * 16;
+      constexpr uint32_t kRowsAtOnce = kLanes / kChunks;
 #pragma unroll
-      for (uint32_t i = 0; i < kKeyTile * kChunks / kLanes; ++i) {
-        const uint32_t row = (i * kLanes + lane_) / kChunks, chunk = lane_ % kChunks;
-        const char* const from = Kv::kTileAlign == kKeyTile || row < in_first_page ? before : after;
-        if (chunk * 16 < Kv::bytes_of(dims))
-          ptx::copy_async_16(to + row * Kv::kStride + chunk * 16,
-                             from + row * kv_.row_bytes + chunk * 16);
-      }
+      for (uint32_t i = 0; i < kTeamKeys; i += kRowsAtOnce)
+        ptx::copy_async_16(to + (row + i) * Kv::kStride + chunk * 16, from + i * kv_.row_bytes);
     }
     if constexpr (Kv::kInBlocks) {
-      constexpr uint32_t kMostBytes = kKeyTile * 2 * 2 * Kv::kHeadDim / Kv::kBlock;
+      constexpr uint32_t kMostBytes = kTeamKeys * 2 * 2 * Kv::kHeadDim / Kv::kBlock;
+      if (!scales) return;
 #pragma unroll
       for (uint32_t i = 0; i < kMostBytes; i += kLanes * 16) {
         const uint32_t at = i + lane_ * 16;
         if (at < scale_bytes_)
-          ptx::copy_async_16(to + kRowsBytes + at,
-                             reinterpret_cast<const char*>(at_first.scales) + at);
+          ptx::copy_async_16(to + kRowsBytes + at, reinterpret_cast<const char*>(page.scales) + at);
       }
     }
   }
@@ -178,9 +161,9 @@ class TileRing {
   const KvRows& kv_;
   WarpShare share_;  // still to be asked for
   const uint64_t* table_;
-  char* slots_;
+  uint32_t keys_, values_, value_bytes_;
   uint32_t scale_bytes_, lane_;  // of a tile
-  Pages pages_;                  // of the tile that is asked for next
+  uint64_t page_;                // that is asked for next
   uint32_t slot_ = 0;            // that is read, and then asked for, next
 };
 
@@ -284,17 +267,18 @@ __device__ void make_heads(const AttentionKernelArgs& args, const DecodeBlock& b
 template <class Kv>
 __device__ void insert_own_row(const KvRows& kv, const char* own, uint32_t begin, uint32_t dims,
                                const KvTile& tile, uint32_t row, uint32_t lane) {
+  if (dims == 0) return;
   if (lane * 16 < Kv::bytes_of(dims))
     ptx::store_shared(tile.rows + row * Kv::kStride + lane * 16,
                       *reinterpret_cast<const uint4*>(own + Kv::bytes_of(begin) + lane * 16));
   if constexpr (Kv::kInBlocks) {
     const uint16_t* const scales = reinterpret_cast<const uint16_t*>(own + kv.row_bytes);
-    for (uint32_t i = row * kv.row_scales + lane; i < kKeyTile * kv.row_scales; i += kLanes) {
+    for (uint32_t i = row * kv.row_scales + lane; i < kTeamKeys * kv.row_scales; i += kLanes) {
       const uint32_t own_scale = i - row * kv.row_scales;
       ptx::store_shared(tile.scales + 2 * i, own_scale < kv.row_scales ? scales[own_scale] : 0);
     }
   } else {
-    for (uint32_t i = (row + 1) * Kv::kStride + lane * 16; i < kKeyTile * Kv::kStride;
+    for (uint32_t i = (row + 1) * Kv::kStride + lane * 16; i < kTeamKeys * Kv::kStride;
          i += kLanes * 16)
       ptx::store_shared(tile.rows + i, uint4{});
   }
@@ -311,23 +295,31 @@ class TeamSum {
         team_(team),
         part_(part) {}
 
-  static constexpr uint32_t kTeamBytes = Kv::kTeam == 1 ? 0 : 2 * Kv::kTeam * kLanes * 16;
+  static constexpr uint32_t kPartBytes = 2 * kLanes * 16;
+  static constexpr uint32_t kTeamBytes = 2 * Kv::kTeam * kPartBytes;
 
-  __device__ __forceinline__ void add(float (&scores)[4]) {
-    if constexpr (Kv::kTeam == 1) return;
-    ptx::store_shared(buffer_ + (turn_ + part_) * kLanes * 16,
-                      {__float_as_uint(scores[0]), __float_as_uint(scores[1]),
-                       __float_as_uint(scores[2]), __float_as_uint(scores[3])});
-    ptx::sync_threads(1 + team_, Kv::kTeam * kLanes);
+  __device__ __forceinline__ void add(float (&scores)[2][4]) {
+    if constexpr (Kv::kTeam > 1) {
 #pragma unroll
-    for (uint32_t part = 0; part < Kv::kTeam; ++part) {
-      uint32_t words[4];
-      ptx::load_shared(words, buffer_ + (turn_ + part) * kLanes * 16);
+      for (uint32_t half = 0; half < 2; ++half)
+        ptx::store_shared(buffer_ + (turn_ + part_) * kPartBytes + half * kLanes * 16,
+                          {__float_as_uint(scores[half][0]), __float_as_uint(scores[half][1]),
+                           __float_as_uint(scores[half][2]), __float_as_uint(scores[half][3])});
+      ptx::sync_threads(1 + team_, Kv::kTeam * kLanes);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        scores[i] = (part == 0 ? 0.0f : scores[i]) + __uint_as_float(words[i]);
+      for (uint32_t part = 0; part < Kv::kTeam; ++part) {
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+          uint32_t words[4];
+          ptx::load_shared(words, buffer_ + (turn_ + part) * kPartBytes + half * kLanes * 16);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            scores[half][i] =
+                part == 0 ? __uint_as_float(words[i]) : scores[half][i] + __uint_as_float(words[i]);
+        }
+      }
+      turn_ ^= Kv::kTeam;
     }
-    turn_ ^= Kv::kTeam;
   }
 
  private:
@@ -421,16 +413,15 @@ __global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
   const DecodeBlock block(args.layer.shape);
   const RowPlace place = args.step.places[block.row];
   const Turns<Kv::kHeadDim> turns(args.layer);
-  const VisibleKeys keys(place.position, args.layer.window, Kv::kTileAlign);
+  const VisibleKeys keys(place.position, args.layer.window, kTeamKeys, kTeamKeys);
   const uint32_t begin = keys.split_begin(block.split, args.launch.splits);
   const uint32_t end = keys.split_begin(block.split + 1, args.launch.splits);
   if (begin == end) return;
 
   WarpShare share = {place, keys, block.kv_head, begin + team, end, teams, 0, 0, 0};
   share.set_part<Kv>(kv, part);
-  TileRing<Kv> ring(
-      args, share, shared + team * at.team_bytes + part * TileRing<Kv>::bytes(kv.row_scales), lane);
-  typename TileRing<Kv>::Pages pages[Kv::kStages];
+  TileRing<Kv> ring(args, share, shared + team * at.team_bytes, lane);
+  uint64_t pages[Kv::kStages];
   ring.look_up_first(pages);
   turns.compute(place.position, reinterpret_cast<float2*>(shared + at.turns));
   ring.ask_first(pages);
@@ -446,29 +437,39 @@ __global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
   const char* const own_value = own_key + (kv.shared ? 0 : at.own_stride);
 #pragma unroll 1
   for (uint32_t tile = begin + team; tile < end; tile += teams) {
-    const uint32_t first = keys.begin + tile * kKeyTile;
+    const uint32_t first = keys.begin + tile * kTeamKeys;
     const uint32_t own_row = place.position - first;  // or beyond the tile
     const KvTile key_tile = ring.wait_for_keys();
-    if (own_row < kKeyTile)
+    if (own_row < kTeamKeys)
       insert_own_row<Kv>(kv, own_key, share.first_dim, Kv::kPartDims, key_tile, own_row, lane);
-    typename Kv::Numbers numbers;
-    float scores[4];
-    Kv::scores(key_tile, share.first_dim, queries, lane, numbers, scores);
+    typename Kv::Numbers numbers[2];
+    float scores[2][4];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half)
+      Kv::scores(key_tile.template from<Kv>(half * kKeyTile), share.first_dim, queries, lane,
+                 numbers[half], scores[half]);
     ring.release_keys();
     team_sum.add(scores);
 #pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      const uint32_t row = lane / 4 + i / 2 * 8;
-      if (row > own_row || first + row < keys.first) scores[i] = -INFINITY;
+    for (uint32_t half = 0; half < 2; ++half) {
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const uint32_t row = half * kKeyTile + lane / 4 + i / 2 * 8;
+        if (row > own_row || first + row < keys.first) scores[half][i] = -INFINITY;
+      }
     }
-    uint32_t weights[2];
+    uint32_t weights[2][2];
     state.weigh(scores, weights);
 
     const KvTile value_tile = ring.wait_for_values();
-    if (own_row < kKeyTile)
+    if (own_row < kTeamKeys)
       insert_own_row<Kv>(kv, own_value, share.value_begin, share.own_values, value_tile, own_row,
                          lane);
-    Kv::add_values(key_tile, value_tile, share, lane, weights, numbers, state.results);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half)
+      Kv::add_values(key_tile.template from<Kv>(half * kKeyTile),
+                     value_tile.template from<Kv>(half * kKeyTile), share, lane, weights[half],
+                     numbers[half], state.results);
     ring.release_values();
   }
   combine_teams<Kv>(args, block, min(end - begin, teams), keys.used_splits(args.launch.splits),

@@ -40,14 +40,20 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint16_t bits) {
 
 }  // namespace ptx
 
-// A part of kKeyTile rows in shared memory, as its format's class reads it.
+// A part of rows in shared memory, as its format's class reads it: kKeyTile of them.
 struct KvTile {
   uint32_t rows;          // address of the first row's numbers; the format says how far the next is
   uint32_t scales;        // of the first row's scales, those of all its blocks
   uint32_t scale_stride;  // bytes between rows' scales
+
+  // The same, so many rows on.
+  template <class Kv>
+  __device__ __forceinline__ KvTile from(uint32_t row) const {
+    return {rows + row * Kv::kStride, scales + row * scale_stride, scale_stride};
+  }
 };
 
-// What a warp reads of a row's keys and values: tiles of kKeyTile, every stride-th from `tile` on,
+// What a warp reads of a row's keys and values: tiles of kTeamKeys, every stride-th from `tile` on,
 // and of each the dimensions of one part of the head.
 struct WarpShare {
   RowPlace place;

@@ -275,21 +275,21 @@ __global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
     ptx::copy_async_wait<1>();
     __syncwarp();
     if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnKey, key_tile, own_row, lane);
-    float scores[4];
-    tile_scores<Kv>(key_address, queries, lane, scores);
+    float scores[1][4];
+    tile_scores<Kv>(key_address, queries, lane, scores[0]);
     __syncwarp();
     ask(key_address, args.layer.kv.key_offset, tile + Shared::kWarps);
 
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (lane / 4 + i / 2 * 8 > own_row) scores[i] = -INFINITY;
-    uint32_t weights[2];
+      if (lane / 4 + i / 2 * 8 > own_row) scores[0][i] = -INFINITY;
+    uint32_t weights[1][2];
     state.weigh(scores, weights);
 
     ptx::copy_async_wait<1>();
     __syncwarp();
     if (own_row < kKeyTile) insert_row<Kv>(shared + Shared::kOwnValue, value_tile, own_row, lane);
-    add_tile_values<Kv>(value_address, lane, weights, state);
+    add_tile_values<Kv>(value_address, lane, weights[0], state);
     __syncwarp();
     ask(value_address, args.layer.kv.value_offset, tile + Shared::kWarps);
     look_up(tile + 2 * Shared::kWarps);

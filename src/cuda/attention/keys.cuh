@@ -5,16 +5,17 @@
 
 namespace nibble::cuda {
 
-// Positions [first, position], in tiles of kKeyTile from `begin` on, the last multiple of `align`
-// that is not behind `first`.
+// Positions [first, position], in tiles of `tile` keys from `begin` on, the last multiple of
+// `align` that is not behind `first`.
 struct VisibleKeys {
   uint32_t first, begin, tiles;
 
-  __device__ VisibleKeys(uint32_t position, uint32_t window, uint32_t align = 1) {
+  __device__ VisibleKeys(uint32_t position, uint32_t window, uint32_t align = 1,
+                         uint32_t tile = kKeyTile) {
     const uint32_t count = window == 0 ? position + 1 : min(position + 1, window);
     first = position + 1 - count;
     begin = first - first % align;
-    tiles = (position - begin) / kKeyTile + 1;
+    tiles = (position - begin) / tile + 1;
   }
 
   // Splits with tiles come first.

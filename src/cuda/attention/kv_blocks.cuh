@@ -25,8 +25,7 @@ struct KvBlocks {
   // Of single rows' kernel.
   static constexpr uint32_t kPartDims = part_dims(kDim), kTeam = kDim / kPartDims;
   static constexpr int kDimTiles = kPartDims / 16;
-  static constexpr uint32_t kStages = decode_stages(Codec::kFormat, kDim);
-  static constexpr uint32_t kTileAlign = kKeyTile;  // scales of a tile are one piece of memory
+  static constexpr uint32_t kStages = decode_stages(Codec::kFormat);
   static constexpr uint32_t kPartBytes = part_row_bytes(Codec::kFormat, kDim);
   static constexpr uint32_t kStride = part_row_stride(Codec::kFormat, kDim, kBlock);
   // Weights are so many powers of two larger: times a scale they still are f16 of full precision.

@@ -84,8 +84,7 @@ struct KvF16 {
   // Of single rows' kernel.
   static constexpr uint32_t kPartDims = part_dims(kDim), kTeam = kDim / kPartDims;
   static constexpr int kDimTiles = kPartDims / 16;
-  static constexpr uint32_t kStages = decode_stages(backend::KvFormat::kF16, kDim);
-  static constexpr uint32_t kTileAlign = 1;
+  static constexpr uint32_t kStages = decode_stages(backend::KvFormat::kF16);
   static constexpr uint32_t kPartBytes = part_row_bytes(backend::KvFormat::kF16, kDim);
   static constexpr uint32_t kStride = part_row_stride(backend::KvFormat::kF16, kDim, 0);
   static constexpr int kWeightBits = 0;
