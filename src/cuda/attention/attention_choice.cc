@@ -9,6 +9,8 @@ namespace nibble::cuda {
 
 namespace {
 
+constexpr uint32_t kRuntimeBytes = 1024;  // of shared memory that every block costs besides its own
+
 constexpr uint32_t align(uint32_t bytes, uint32_t to) {
   return (bytes + to - 1) / to * to;
 }
@@ -76,7 +78,12 @@ AttentionLaunch choose_attention(const DeviceShape& device, MatrixUnit unit,
   const uint32_t column_groups = (ratio + kQueryColumns - 1) / kQueryColumns;
   const uint32_t blocks = single_rows * shape.kv_heads * column_groups;
   const bool in_teams = kv.shared || kv.block != 0 ||
-                        decode_warps_bytes(shape.head_dim) > device.shared_bytes_per_block;
+                        decode_warps_bytes(shape.head_dim, 1) > device.shared_bytes_per_block;
+  // Many rows' blocks come in several rounds: of two on a multiprocessor one begins or ends while
+  // the other one reads. Smaller heads' blocks leave room for a second one as they are.
+  const bool share =
+      blocks > device.multiprocessors && shape.head_dim == kSharingHeadDim &&
+      decode_warps_bytes(shape.head_dim, 2) + kRuntimeBytes <= device.shared_bytes_per_block / 2;
   // Compressed rows have one shape of the older kernel for all devices.
   const bool in_blocks = kv.block != 0;
   const uint32_t shared_bytes = in_blocks ? kLeastSharedBytes : device.shared_bytes_per_block;
@@ -84,6 +91,7 @@ AttentionLaunch choose_attention(const DeviceShape& device, MatrixUnit unit,
           single_rows,
           blocks == 0 ? 1 : std::max(1u, device.multiprocessors / blocks),
           in_teams ? decode_shape(device, shape, kv) : DecodeShape{},
+          share ? 2u : 1u,
           unit,
           mma_tile(shape.head_dim, shared_bytes)};
 }

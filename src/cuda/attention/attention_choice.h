@@ -60,11 +60,13 @@ KvRows kv_rows(const backend::KvLayer& layer, uint32_t head_dim);
 
 // Single rows over f16 in rows of their own, where there is room: warps of a block, and its shared
 // memory (decode_warps.cuh).
-constexpr uint32_t decode_warps(uint32_t head_dim) {
-  return head_dim <= 256 ? 8 : 6;
+// sharers: blocks of a multiprocessor, 1 or, with heads of kSharingHeadDim, 2
+inline constexpr uint32_t kSharingHeadDim = 256;
+constexpr uint32_t decode_warps(uint32_t head_dim, uint32_t sharers) {
+  return head_dim <= 256 && sharers == 1 ? 8 : 6;
 }
-constexpr uint32_t decode_warps_bytes(uint32_t head_dim) {
-  const uint32_t warps = decode_warps(head_dim), row = 2 * head_dim;
+constexpr uint32_t decode_warps_bytes(uint32_t head_dim, uint32_t sharers) {
+  const uint32_t warps = decode_warps(head_dim, sharers), row = 2 * head_dim;
   const uint32_t statistics = 2 * warps * kQueryColumns * 4, turns = head_dim / 2 * 8;
   return (warps * 2 * kKeyTile + kQueryColumns + 2) * row + statistics + turns;
 }
@@ -136,13 +138,14 @@ struct AttentionLaunch {
   uint32_t single_rows;
   uint32_t splits = 1;
   DecodeShape decode = {};  // where decode_teams.cuh serves them, else empty
+  uint32_t sharers = 1;     // blocks of decode_warps.cuh on a multiprocessor
   // Of the other rows' kernel:
   MatrixUnit unit = MatrixUnit::kMma;
   uint32_t mma_tile = 0;  // index into kMmaTiles
 };
 
-// One block of a single row's kernel a multiprocessor, whatever the length of the sequences. Where
-// keys are split there is no more than that: the blocks wait for each other.
+// At least one block of a single row's kernel a multiprocessor, whatever the length of the
+// sequences. Where keys are split there is no more than that: the blocks wait for each other.
 AttentionLaunch choose_attention(const DeviceShape& device, MatrixUnit unit,
                                  const backend::AttentionShape& shape, const KvRows& kv,
                                  uint32_t rows, uint32_t single_rows);

@@ -45,6 +45,13 @@ TEST(AttentionChoice, ManyRowsAreNotSplit) {
   EXPECT_EQ(choose({1, 99 << 10}, kSliding, 1, 1).splits, 1u);
 }
 
+TEST(AttentionChoice, ManyRowsBlocksShareAMultiprocessor) {
+  EXPECT_EQ(choose(kH100, kSliding, 8, 8).sharers, 1u);
+  EXPECT_EQ(choose(kH100, kSliding, 9, 9).sharers, 2u);
+  EXPECT_EQ(choose(kH100, kFull, 64, 64).sharers, 1u);
+  EXPECT_EQ(choose(kA100, kSliding, 64, 64).sharers, 1u);
+}
+
 TEST(AttentionChoice, QueryHeadsBeyondOneInstructionTakeBlocksOfTheirOwn) {
   EXPECT_EQ(choose(kH100, {16, 1, 128}, 1, 1).splits, 66u);
   EXPECT_EQ(choose(kH100, {9, 1, 128}, 1, 1).splits, 66u);

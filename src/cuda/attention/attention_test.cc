@@ -622,6 +622,9 @@ TEST_P(Attention, SessionsSideBySide) {
   expect_right(layer, {{0, 1}, {31, 1}, {500, 1}, {127, 1}, {128, 1}, {3, 1}, {64, 1}, {99, 1}});
   expect_right(layer, {{0, 37}});
   expect_right(layer, {{0, 5}, {31, 2}, {200, 1}, {1000, 65}, {0, 3}, {5, 1}});
+  std::vector<Part> many;  // more blocks than a device has multiprocessors
+  for (uint32_t i = 0; i < 40; ++i) many.push_back({13 * i, 1});
+  expect_right(layer, many);
 }
 
 // Chunks of a prompt: every edge of pages, tiles of keys and windows.

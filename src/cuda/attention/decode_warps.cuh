@@ -21,8 +21,14 @@
 
 namespace nibble::cuda {
 
+// Of kBlocks blocks on a multiprocessor.
+template <class Rows, uint32_t kBlocks>
+struct SharedBy : Rows {
+  static constexpr uint32_t kSharers = kBlocks;
+};
+
 template <class Kv>
-inline constexpr uint32_t kDecodeWarps = decode_warps(Kv::kHeadDim);
+inline constexpr uint32_t kDecodeWarps = decode_warps(Kv::kHeadDim, Kv::kSharers);
 
 // Dynamic shared memory: per warp a tile of keys and one of values, where its results stand at the
 // end; then the queries, the row's own key and value, the warps' statistics, and RoPE's turns.
@@ -40,7 +46,7 @@ struct DecodeShared {
   static constexpr uint32_t kSums = kLargest + kWarps * kQueryColumns * 4;
   static constexpr uint32_t kTurns = kSums + kWarps * kQueryColumns * 4;
   static constexpr uint32_t kBytes = kTurns + Kv::kHeadDim / 2 * 8;
-  static_assert(kBytes == decode_warps_bytes(Kv::kHeadDim));
+  static_assert(kBytes == decode_warps_bytes(Kv::kHeadDim, Kv::kSharers));
 
   __device__ static float2* turns(char* shared) {
     return reinterpret_cast<float2*>(shared + kTurns);
@@ -234,7 +240,7 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
 }
 
 template <class Kv>
-__global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, 1)
+__global__ void __launch_bounds__(kDecodeWarps<Kv>* kLanes, Kv::kSharers)
     decode_warps(const __grid_constant__ AttentionKernelArgs args) {
   using Shared = DecodeShared<Kv>;
   extern __shared__ __align__(128) char shared[];
