@@ -33,6 +33,7 @@ using namespace backend;
 // one by one costs nothing.
 constexpr uint32_t kMostGraphRows = 64;
 constexpr size_t kMostGraphs = 64;
+constexpr uint32_t kMostFewHeadRows = 16;
 constexpr uint32_t kMostHeadRows = 64;  // logits take a megabyte a row
 
 struct Graph {
@@ -136,6 +137,16 @@ class CudaBackend final : public Backend {
   ScaledRows normed(uint32_t rows) {
     return rows_of(normed_values_, normed_means_, normed_scales_, plan_.hidden, rows);
   }
+  ScaledRows head_input(uint32_t rows) {
+    ScaledRows input = normed(rows);
+    input.rows.in_blocks = rows > most_few_head_rows_;
+    return input;
+  }
+  // What the step after `index` begins with.
+  ScaledRows next_normed(size_t index) {
+    const bool head = std::holds_alternative<LogitsStep>(plan_.steps.at(index + 1));
+    return head ? head_input(rows()) : normed(rows());
+  }
   ScaledRows inner(uint32_t width, uint32_t rows) {
     return rows_of(inner_values_, inner_means_, inner_scales_, width, rows);
   }
@@ -156,6 +167,8 @@ class CudaBackend final : public Backend {
   const DeviceInfo device_;
   const DeviceShape device_shape_ = device_shape();
   const uint32_t most_few_rows_ = most_few_rows(device_shape_);
+  // So many parts of so many logits would take longer than the rest (docs/measurements/batches.md).
+  const uint32_t most_few_head_rows_ = std::min(most_few_rows_, kMostFewHeadRows);
   // That are multiplied at a time. The head is too large a matrix to be packed whole in a step.
   const uint32_t most_head_rows_ =
       options_.weights == WeightStorage::kDirect ? kMatrixTokens : kMostHeadRows;
@@ -309,8 +322,8 @@ void CudaBackend::reserve_workspace() {
       }
       return parts * rows * matrix.rows;
     };
-    for (uint64_t rows = most_few_rows_ + 1; rows <= std::min<uint64_t>(most_rows, kStreamTokens);
-         ++rows)
+    for (uint64_t rows = most_few_head_rows_ + 1;
+         rows <= std::min<uint64_t>(most_rows, kStreamTokens); ++rows)
       sum_floats = std::max(sum_floats, result_floats(rows));
     sum_floats = std::max(sum_floats, result_floats(most_rows));
   };
@@ -480,7 +493,7 @@ std::optional<ValueId> CudaBackend::run_step(const EmbedStep& step, size_t index
                           .scale = step.scale,
                           .residual = residual_.data(),
                           .norm = device_norm(next_norm(index)),
-                          .normed = normed(rows())};
+                          .normed = next_normed(index)};
   timed("embed", table.bytes / table.rows * rows(), [&] {
     if (direct) {
       pack_rows_on_device(stream_.handle, args.layout, table_rows.data, inputs_.tokens(), rows(),
@@ -551,7 +564,7 @@ void CudaBackend::update(const Product& product, const std::optional<RmsNorm>& p
                            .output_scale = output_scale,
                            .residual = residual_.data(),
                            .next_norm = device_norm(next_norm(index)),
-                           .normed = normed(rows())};
+                           .normed = next_normed(index)};
   timed("norms, residual", 0, [&] { launch_update(stream_.handle, args); });
 }
 
@@ -561,7 +574,7 @@ void CudaBackend::run_head(const LogitsStep& step, BatchResult* result) {
   uint32_t first_request = 0;
   for (uint32_t first = 0; first < head.size(); first += most_head_rows_) {
     const uint32_t count = std::min(uint32_t(head.size()) - first, most_head_rows_);
-    const ScaledRows input = normed(count);
+    const ScaledRows input = head_input(count);
     // The rows of a decode step are all wanted, in their order, and normed already.
     if (!inputs_.shape().decode || rows() > most_head_rows_) {
       const NormArgs args = {.residual = residual_.data(),

@@ -14,6 +14,7 @@ constexpr uint32_t kMostClusterRows = 128;
 constexpr int kTilesOfMany = 2;
 constexpr uint32_t kGeluWarps = 4;  // of a block that is one of many
 constexpr uint32_t kSumThreads = 256;
+constexpr uint32_t kSumColumns = 4 * kSumThreads;  // of a block: its loads are under way together
 // A sum of squares this much smaller than its parts has lost 3 of its 24 bits to their difference.
 constexpr float kCancelled = 1.0f / 8;
 
@@ -160,15 +161,25 @@ __global__ void __launch_bounds__(kGeluWarps* kLanes)
 __global__ void sum_kernel(const __grid_constant__ SumArgs args) {
   ptx::launch_dependents();
   ptx::wait_for_dependencies();
-  const uint32_t column = blockIdx.x * kSumThreads + threadIdx.x, row = blockIdx.y;
-  if (column >= args.width) return;
-  const float* const from = args.sums.values + uint64_t(row) * args.sums.stride + column;
+  const uint32_t first = blockIdx.x * kSumColumns + threadIdx.x, row = blockIdx.y;
+  const float* const from = args.sums.values + uint64_t(row) * args.sums.stride;
   const uint64_t part_stride = uint64_t(args.sums.rows) * args.sums.stride;
-  float sum = 0;
-  for (uint32_t part = 0; part < args.sums.parts; ++part) sum += from[part * part_stride];
-  sum *= args.scales[row];
-  if (args.softcap != 0) sum = args.softcap * tanhf(sum / args.softcap);
-  args.out[uint64_t(row) * args.width + column] = sum;
+  const float scale = args.scales[row];
+  float sums[kSumColumns / kSumThreads] = {};
+  const auto for_each = [&](const auto& body) {
+#pragma unroll
+    for (uint32_t i = 0; i < kSumColumns / kSumThreads; ++i) {
+      const uint32_t column = first + i * kSumThreads;
+      if (column < args.width) body(sums[i], column);
+    }
+  };
+  for (uint32_t part = 0; part < args.sums.parts; ++part)
+    for_each([&](float& sum, uint32_t column) { sum += from[part * part_stride + column]; });
+  for_each([&](float sum, uint32_t column) {
+    sum *= scale;
+    if (args.softcap != 0) sum = args.softcap * tanhf(sum / args.softcap);
+    args.out[uint64_t(row) * args.width + column] = sum;
+  });
 }
 
 // How a row of `width` columns is shared.
@@ -225,7 +236,7 @@ void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {
 }
 
 void launch_sum(cudaStream_t stream, const SumArgs& args) {
-  const uint32_t blocks = (args.width + kSumThreads - 1) / kSumThreads;
+  const uint32_t blocks = (args.width + kSumColumns - 1) / kSumColumns;
   launch_dependent(stream, sum_kernel, dim3(blocks, args.sums.rows), kSumThreads, 0, args);
 }
 
