@@ -12,6 +12,10 @@ constexpr int kManyTiles = 4;  // pieces that a lane holds of a wide row
 // is through a row sooner, but has less of it on the way (docs/measurements/prefill.md).
 constexpr uint32_t kMostClusterRows = 128;
 constexpr int kTilesOfMany = 2;
+// Of a block whose lanes hold so many pieces: few pieces leave registers for few warps only.
+constexpr uint32_t most_warps(int tiles) {
+  return kMostWarps / kManyTiles * uint32_t(tiles);
+}
 constexpr uint32_t kGeluWarps = 4;  // of a block that is one of many
 constexpr uint32_t kSumThreads = 256;
 constexpr uint32_t kSumColumns = 4 * kSumThreads;  // of a block: its loads are under way together
@@ -23,7 +27,7 @@ uint32_t tiles_of(uint32_t width) {
 }
 
 template <class Layout, int kTiles>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(most_warps(kTiles) * kLanes)
     embed_kernel(const __grid_constant__ EmbedArgs args) {
   __shared__ ReduceShared<RowFacts<1, 1>> shared;
   const ClusterPlace place;
@@ -48,7 +52,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 }
 
 template <int kTiles>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(most_warps(kTiles) * kLanes)
     update_kernel(const __grid_constant__ UpdateArgs args) {
   // Sums of squares of the product, and of the weighted product, the residual, and their product.
   __shared__ ReduceShared<RowFacts<4, 0>> shared;
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 }
 
 template <int kTiles>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(most_warps(kTiles) * kLanes)
     norm_kernel(const __grid_constant__ NormArgs args) {
   __shared__ ReduceShared<RowFacts<1, 1>> shared;
   const ClusterPlace place;
@@ -193,7 +197,7 @@ RowLaunch choose_row_launch(uint32_t width) {
   const uint32_t blocks = has_clusters() && tiles >= kMostBlocks ? kMostBlocks : 1;
   check_row_width(width, kMostRowColumns * blocks);
   const uint32_t tiles_per_block = (tiles + blocks - 1) / blocks;
-  return {blocks, std::min(tiles_per_block, kMostWarps) * kLanes, tiles_per_block > kMostWarps};
+  return {blocks, std::min(tiles_per_block, kMostWarps) * kLanes, tiles_per_block > most_warps(1)};
 }
 
 template <class Kernel, class Args>
@@ -217,7 +221,7 @@ void launch_embed(cudaStream_t stream, const EmbedArgs& args) {
 void launch_update(cudaStream_t stream, const UpdateArgs& args) {
   const uint32_t rows = args.sums.rows;
   const uint32_t warps = (tiles_of(args.width) + kTilesOfMany - 1) / kTilesOfMany;
-  if (rows > kMostClusterRows && warps <= kMostWarps)
+  if (rows > kMostClusterRows && warps <= most_warps(kTilesOfMany))
     return launch_dependent(stream, update_kernel<kTilesOfMany>, rows, warps * kLanes, 0, args);
   launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args.sums.rows, args.width,
               args);
