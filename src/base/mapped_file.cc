@@ -33,15 +33,29 @@ MappedFile MappedFile::open(const std::filesystem::path& path) {
   void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
   if (data == MAP_FAILED) fail_and_close("can't map it", strerror(errno));
   ::close(descriptor);
-  return MappedFile(static_cast<const std::byte*>(data), size);
+  MappedFile file;
+  file.data_ = static_cast<const std::byte*>(data);
+  file.size_ = size;
+  file.device_ = status.st_dev;
+  file.inode_ = status.st_ino;
+  return file;
 }
 
-MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+bool MappedFile::is(const std::filesystem::path& path) const {
+  struct stat status;
+  return data_ != nullptr && ::stat(path.c_str(), &status) == 0 && status.st_dev == device_ &&
+         status.st_ino == inode_;
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept {
+  *this = std::move(other);
+}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(device_, other.device_);
+  std::swap(inode_, other.inode_);
   return *this;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <span>
 
@@ -20,11 +21,13 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
 
- private:
-  MappedFile(const std::byte* data, size_t size) : data_(data), size_(size) {}
+  // Whether `path` leads to the file whose bytes these are, by whatever name.
+  bool is(const std::filesystem::path& path) const;
 
+ private:
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
+  uint64_t device_ = 0, inode_ = 0;  // of the file, where it is not empty
 };
 
 }  // namespace nibble

@@ -66,6 +66,17 @@ TEST_F(MappedFileTest, MovingLeavesTheBytesInPlace) {
   EXPECT_EQ(text(second), "second");
 }
 
+TEST_F(MappedFileTest, KnowsItsFileByAnyName) {
+  const auto path = write("a", "same"), other = write("b", "same");
+  std::filesystem::create_symlink(path, folder_ / "link");
+  const MappedFile file = MappedFile::open(path);
+  EXPECT_TRUE(file.is(path));
+  EXPECT_TRUE(file.is(folder_ / "." / "link"));
+  EXPECT_FALSE(file.is(other));
+  EXPECT_FALSE(file.is(folder_ / "missing"));
+  EXPECT_FALSE(MappedFile().is(path));
+}
+
 TEST_F(MappedFileTest, RefusalsSayPathAndReason) {
   const std::string missing = refusal(folder_ / "missing.gguf");
   EXPECT_NE(missing.find("missing.gguf"), std::string::npos) << missing;

@@ -289,10 +289,11 @@ void check_source(const ModelFile& model, const std::filesystem::path& source,
            source.string(), entry.key);
     }
   }
-  std::error_code missing;
-  if (std::filesystem::equivalent(source, output, missing)) {
-    fail(ErrorCode::kInvalidArgument, "{} would replace its own source; write to another file",
-         output.string());
+  for (const MappedFile& part : model.gguf().parts()) {
+    if (part.is(output)) {
+      fail(ErrorCode::kInvalidArgument, "{} would replace its own source; write to another file",
+           output.string());
+    }
   }
 }
 

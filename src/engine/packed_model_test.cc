@@ -347,6 +347,40 @@ TEST(PackModel, RefusesWhatCannotBePacked) {
   EXPECT_EQ(folder.files(), 3u);
 }
 
+TEST(PackModel, TouchesNoFileThatIsInItsWay) {
+  const TemporaryFolder folder;
+  test::small_gemma4().write(folder / "packed.partial");
+  const std::string before = test::read_file(folder / "packed.partial");
+  expect_refused(ErrorCode::kIo, {"packed.partial", "there already"},
+                 [&] { pack_model(folder / "packed.partial", folder / "packed", {}); });
+  EXPECT_EQ(test::read_file(folder / "packed.partial"), before);
+  EXPECT_EQ(folder.files(), 1u);
+}
+
+TEST(PackModel, TakesSplitModelsWholeAndReplacesNoneOfTheirParts) {
+  const TemporaryFolder folder;
+  const auto part = [&](int i) { return folder / fmt::format("m-0000{}-of-00002.gguf", i + 1); };
+  test::GgufBuilder first = test::small_gemma4(), second;
+  const auto half = first.tensors.begin() + ptrdiff_t(first.tensors.size() / 2);
+  const auto count = int32_t(first.tensors.size());
+  second.tensors.assign(half, first.tensors.end());
+  first.tensors.erase(half, first.tensors.end());
+  first.u16("split.no", 0).u16("split.count", 2).i32("split.tensors.count", count).write(part(0));
+  second.u16("split.no", 1).u16("split.count", 2).write(part(1));
+  for (const int i : {0, 1}) {
+    expect_refused(ErrorCode::kInvalidArgument, {"its own source"},
+                   [&] { pack_model(part(0), part(i), {}); });
+  }
+  for (const int i : {0, 1}) {
+    pack_model(part(i), folder / "packed", {});
+    const PackedModel packed = PackedModel::open(folder / "packed");
+    packed.verify({});
+    packed.check_source(part(1 - i), {});
+    EXPECT_EQ(packed.model().tensors().size(), size_t(count));
+    EXPECT_NO_THROW(packed.build_plan());
+  }
+}
+
 TEST(PackModel, LeavesNothingBehindWhenTheDiskIsFull) {
   const TemporaryFolder folder;
   std::ofstream(folder / "packed") << "what was there before";

@@ -15,7 +15,13 @@ namespace nibble::engine {
 PartialFile::PartialFile(std::filesystem::path path)
     : path_(std::move(path)),
       partial_(path_.string() + ".partial"),
-      file_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+      file_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+  if (file_ < 0 && errno == EEXIST) {
+    fail(ErrorCode::kIo,
+         "{} is there already: either it is being written, or whoever wrote it was killed; then "
+         "remove it",
+         partial_.string());
+  }
   if (file_ < 0) fail_io("create");
 }
 

@@ -7,7 +7,8 @@
 namespace nibble::engine {
 
 // A file being written: under its name with ".partial" until finish() has seen all of it safe on
-// the disk, and gone if that never happens. All methods throw Error(kIo) with the system's reason.
+// the disk, and gone if that never happens. All methods throw Error(kIo) with the system's reason;
+// a file of that name is never touched: somebody else may be writing it.
 class PartialFile {
  public:
   explicit PartialFile(std::filesystem::path path);
