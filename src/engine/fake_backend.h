@@ -73,7 +73,10 @@ class FakeKvStore : public backend::KvStore {
   explicit FakeKvStore(std::vector<uint32_t> max_pages)
       : KvStore({group(kWindows[0]), group(kWindows[1])}, std::move(max_pages)) {}
 
+  std::function<void()> before_copy;  // may throw
+
   void copy_page(uint32_t group, backend::PageId from, backend::PageId to) override {
+    if (before_copy) before_copy();
     pages_[group][to.value] = pages_[group][from.value];
   }
 

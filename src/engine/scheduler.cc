@@ -7,6 +7,22 @@
 #include "base/error.h"
 
 namespace nibble::engine {
+namespace {
+
+// What the exception that is being handled means to the sessions whose step it ended.
+Error step_error() {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return error;
+  } catch (const std::bad_alloc&) {
+    return Error(ErrorCode::kOutOfMemory, "no memory left in the middle of a step");
+  } catch (const std::exception& error) {
+    return Error(ErrorCode::kDevice, error.what());
+  }
+}
+
+}  // namespace
 
 std::unique_ptr<Session> Scheduler::new_session() {
   sessions_.reserve(sessions_.size() + 1);
@@ -22,8 +38,8 @@ bool Scheduler::step(std::span<Session* const> sessions) {
     try {
       prepare(share.session->kv_, share.tokens);
       prepared.push_back(share);
-    } catch (const Error& error) {
-      share.session->fail_step(error);
+    } catch (const std::exception&) {
+      share.session->fail_step(step_error());
     }
   }
   if (!prepared.empty()) run(prepared);
@@ -105,12 +121,8 @@ void Scheduler::run(std::span<const Share> shares) {
   backend::BatchResult result;
   try {
     backend_.run(batch, result);
-  } catch (const Error& error) {
-    return fail_all(error);
-  } catch (const std::bad_alloc&) {
-    return fail_all(Error(ErrorCode::kOutOfMemory, "no memory left in the middle of a step"));
-  } catch (const std::exception& error) {
-    return fail_all(Error(ErrorCode::kDevice, error.what()));
+  } catch (const std::exception&) {
+    return fail_all(step_error());
   }
 
   std::span<const float> logits(result.logits);

@@ -160,7 +160,11 @@ void Session::take_snapshot() {
   const uint32_t most = scheduler_.limits().snapshots;
   if (kv_.length() == 0 || taken || most == 0) return;
   if (snapshots_.size() == most) snapshots_.erase(snapshots_.begin());
-  snapshots_.push_back(kv_);
+  try {
+    snapshots_.push_back(kv_);
+  } catch (const std::bad_alloc&) {
+    return;  // no result depends on it
+  }
   snapshots_.back().truncate(kv_.length());  // lets go of pages that are only prepared
 }
 

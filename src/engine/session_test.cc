@@ -503,6 +503,24 @@ TEST_F(SessionTest, AnyExceptionOfABackendIsAnErrorOfTheSession) {
   EXPECT_EQ(code_of([&] { session->extend(tokens(3)); }), ErrorCode::kDevice);
 }
 
+TEST_F(SessionTest, AnyExceptionWhilePagesArePreparedIsAnErrorOfThatSessionAlone) {
+  const auto sharing = new_session();
+  const auto bystander = new_session();
+  const Tokens text = tokens(40), more = tokens(5);
+  sharing->extend(text);
+  // Back on the prompt's snapshot, whose last page must be copied before more is written on it.
+  ASSERT_EQ(sharing->truncate(24), 24u);
+  backend_.kv().before_copy = [] { throw std::bad_alloc(); };
+  sharing->feed(more);
+  bystander->feed(more, 1);
+  Session* const both[] = {sharing.get(), bystander.get()};
+  EXPECT_FALSE(scheduler_.step(both));
+  ASSERT_TRUE(sharing->error());
+  EXPECT_EQ(sharing->error()->code(), ErrorCode::kOutOfMemory);
+  EXPECT_FALSE(bystander->error());
+  EXPECT_EQ(last_row(*bystander), fake_logits(more));
+}
+
 TEST_F(SessionTest, ProgressCountsThePrompt) {
   const auto session = new_session();
   std::vector<uint64_t> seen;
