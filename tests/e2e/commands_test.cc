@@ -8,6 +8,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <map>
 
 #include "e2e/nibble.h"
 #include "support/small_gemma4.h"
@@ -346,16 +347,32 @@ TEST(Inspect, ShowsMetadataTensorsAndMemory) {
   EXPECT_EQ(result.at_pointer("/metadata/general.architecture"), "gemma4");
   EXPECT_EQ(result.at_pointer("/metadata/tokenizer.ggml.tokens/count"), 8192);
   EXPECT_GT(result.at("tensors").as_array().size(), 80u);
-  const json::array& memory = result.at("memory").as_array();
-  ASSERT_FALSE(memory.empty());
-  for (const json::value& row : memory) {
+  // Of each backend, format and context: a line, bytes, and of GPUs the card that holds them.
+  std::map<std::string, double> kv_bytes;
+  for (const json::value& row : result.at("memory").as_array()) {
     double total = 0;
     for (const char* part : {"weights", "kv", "workspace", "driver"})
       total += number(row, fmt::format("/{}_bytes", part));
     EXPECT_EQ(number(row, "/total_bytes"), total);
     const bool cuda = row.at("backend") == "cuda";
     EXPECT_EQ(number(row, "/driver_bytes") > 0, cuda);
-    EXPECT_EQ(row.as_object().contains("smallest_card_gb"), cuda);
+    ASSERT_EQ(row.as_object().contains("smallest_card_gb"), cuda);
+    if (cuda) {
+      EXPECT_GE(1e9 * number(row, "/smallest_card_gb"), total);
+    }
+    kv_bytes[fmt::format("{} {} {}", row.at("backend").as_string().c_str(),
+                         row.at("kv").as_string().c_str(), number(row, "/context"))] =
+        number(row, "/kv_bytes");
+  }
+  EXPECT_EQ(kv_bytes.size(), 2u * (3 + 4));  // f32 is the CPU's alone
+  for (const std::string backend : {"cuda ", "cpu "}) {
+    for (const std::string context : {" 512", " 2048"}) {
+      const auto bytes = [&](const char* kv) { return kv_bytes.at(backend + kv + context); };
+      EXPECT_LT(bytes("tq4"), bytes("q8"));
+      EXPECT_LT(bytes("q8"), bytes("f16"));
+    }
+    for (const std::string kv : {"f16", "q8", "tq4"})
+      EXPECT_LT(kv_bytes.at(backend + kv + " 512"), kv_bytes.at(backend + kv + " 2048"));
   }
 }
 
@@ -451,8 +468,8 @@ TEST(Usage, MistakesGiveExitCode2) {
 }
 
 TEST(Usage, HelpGoesToStdout) {
-  for (const std::string command :
-       {"run", "chat", "eval", "logits", "tokenize", "detokenize", "inspect", "bench", "devices"}) {
+  for (const std::string command : {"run", "chat", "eval", "logits", "tokenize", "detokenize",
+                                    "inspect", "pack", "bench", "devices"}) {
     const Outcome outcome = nibble({command, "--help"});
     EXPECT_EQ(outcome.exit_code, 0) << command;
     EXPECT_EQ(outcome.err, "") << command;

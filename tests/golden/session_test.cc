@@ -266,6 +266,21 @@ TEST_P(MicroSession, KvMemoryStaysWithinWhatWasComputed) {
   EXPECT_LE(engine_->backend().memory().kv_bytes, most);
 }
 
+TEST_P(MicroSession, ALargeContextTakesPagesAsTheyAreNeeded) {
+  EngineOptions large = options();
+  large.context = 131072;
+  engine_ = open(large);
+  backend::Backend& backend = engine_->backend();
+  EXPECT_EQ(backend.memory().kv_bytes, 0u);
+  const auto session = engine_->new_session();
+  session->extend(slice(0, 33), 1);
+  uint64_t two_pages_each = 0;
+  for (const backend::KvGroup& group : backend.kv().groups())
+    two_pages_each += 2 * group.page_bytes;
+  EXPECT_EQ(backend.memory().kv_bytes, two_pages_each);
+  expect_like_fresh(*session, 2);
+}
+
 INSTANTIATE_TEST_SUITE_P(Caches, MicroSession, testing::ValuesIn([] {
                            using enum backend::KvFormat;
                            std::vector<Cache> caches = {{"cpu", kF32, backend::KvLayout::kSplit}};
