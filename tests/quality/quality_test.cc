@@ -55,11 +55,11 @@ std::string case_name(const Info& info) {
   return name;
 }
 
-// Mean NLL that llama.cpp (CPU) reaches in 127 windows of 512 tokens, measured when the models were
-// made.
+// Mean NLL in 127 windows of 512 tokens: llama.cpp's on a processor, measured when the models were
+// made, and our own there (docs/measurements/quality.md).
 struct Expected {
   std::string model;
-  double llama_cpp_nll;
+  double llama_cpp_nll, cpu_nll;
 };
 void PrintTo(const Expected& expected, std::ostream* out) {
   *out << expected.model;
@@ -68,7 +68,7 @@ void PrintTo(const Expected& expected, std::ostream* out) {
 class Nll : public testing::TestWithParam<std::tuple<Expected, std::string>> {};
 
 TEST_P(Nll, IsNoWorseThanLlamaCpps) {
-  constexpr double kMargin = 0.002;  // nats
+  constexpr double kMargin = 0.002, kMarginToCpu = 0.001;  // nats
   const auto& [expected, backend] = GetParam();
   if (!has_device(backend)) GTEST_SKIP() << "this machine has no device for it";
   const json::value result = eval(expected.model, backend, {});
@@ -77,21 +77,23 @@ TEST_P(Nll, IsNoWorseThanLlamaCpps) {
   fmt::print("{} on {}: nll {:.6f}, llama.cpp {:.6f}\n", expected.model, backend, nll,
              expected.llama_cpp_nll);
   EXPECT_LE(nll, expected.llama_cpp_nll + kMargin);
+  EXPECT_LE(nll, expected.cpu_nll + kMarginToCpu);
   // Much better would mean that it was not this text that was predicted.
   EXPECT_GE(nll, expected.llama_cpp_nll - 0.05);
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Nll,
-                         testing::Combine(testing::Values(Expected{"micro-gemma4-f16", 2.411757},
-                                                          Expected{"micro-gemma4-Q8_0", 2.412558},
-                                                          Expected{"micro-gemma4-Q6_K", 2.416093},
-                                                          Expected{"micro-gemma4-Q5_K_M", 2.422389},
-                                                          Expected{"micro-gemma4-Q4_K_M", 2.447305},
-                                                          Expected{"micro-gemma4-Q4_0", 2.474888},
-                                                          Expected{"tiny-gemma4-Q4_K_M", 3.031498},
-                                                          Expected{"wide-gemma4-Q4_K_M", 2.682496}),
-                                          testing::ValuesIn(kBackends)),
-                         case_name<testing::TestParamInfo<Nll::ParamType>>);
+INSTANTIATE_TEST_SUITE_P(
+    Models, Nll,
+    testing::Combine(testing::Values(Expected{"micro-gemma4-f16", 2.411757, 2.411764},
+                                     Expected{"micro-gemma4-Q8_0", 2.412558, 2.412350},
+                                     Expected{"micro-gemma4-Q6_K", 2.416093, 2.415601},
+                                     Expected{"micro-gemma4-Q5_K_M", 2.422389, 2.422198},
+                                     Expected{"micro-gemma4-Q4_K_M", 2.447305, 2.446610},
+                                     Expected{"micro-gemma4-Q4_0", 2.474888, 2.474884},
+                                     Expected{"tiny-gemma4-Q4_K_M", 3.031498, 3.030703},
+                                     Expected{"wide-gemma4-Q4_K_M", 2.682496, 2.682207}),
+                     testing::ValuesIn(kBackends)),
+    case_name<testing::TestParamInfo<Nll::ParamType>>);
 
 // Mean KL against f32 activations and exactly dequantised weights. The bounds are what a correct
 // implementation of each activation format measured, with room for another order of summation.
