@@ -183,7 +183,11 @@ std::unique_ptr<engine::Engine> open_against(const EvalOptions& options,
   ModelOptions model = options.model;
   if (!options.against.empty()) model.model = options.against;
   engine::EngineOptions engine_options = base;
-  if (!options.against_backend.empty()) engine_options.backend = options.against_backend;
+  if (!options.against_backend.empty() && options.against_backend != base.backend) {
+    engine_options.backend = options.against_backend;
+    engine_options.weights.reset();  // --weights and --device are those of --backend
+    engine_options.device = 0;
+  }
   // The reference is exact in all it can be: --kv chooses what is measured, not what against.
   auto format = backend::kv_format_of(options.against_kv);
   if (options.against_backend == "reference" && !format) format = backend::KvFormat::kF32;
@@ -277,9 +281,11 @@ void add_eval(CLI::App& app) {
   command->footer(
       "Tokens [Wi, Wi+W) of window i predict tokens [Wi+1, Wi+W+1); nothing is added. NLL is in\n"
       "nats. KL(P||Q) is taken at each position, P being what --against... names. The KV cache is\n"
-      "f32 unless --kv says otherwise, and what is compared against has the same unless\n"
-      "--against-kv says otherwise. But --against-backend reference computes in f32, with an f32\n"
-      "cache, from exactly dequantised weights, whatever --kv is.\n"
+      "f32 (on CUDA f16) unless --kv says otherwise, and what is compared against has the same\n"
+      "unless --against-kv says otherwise. But --against-backend reference computes in f32, with "
+      "an\n"
+      "f32 cache, from exactly dequantised weights, whatever --kv is. --weights and --device are\n"
+      "for --backend alone.\n"
       "Examples:\n"
       "  nibble eval model-Q4_K_M.gguf --tokens heldout.i32\n"
       "  nibble eval model-Q4_K_M.gguf --tokens heldout.i32 --against model-f16.gguf --json\n"

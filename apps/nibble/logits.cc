@@ -44,7 +44,6 @@ void write_rows(const LogitsOptions& options, std::span<const TokenId> tokens,
 
 void logits(const LogitsOptions& options) {
   const std::vector<TokenId> tokens = parse_ids(options.ids);
-  if (tokens.empty()) throw CLI::ValidationError("--ids", "at least one token id is needed");
   engine::EngineOptions engine_options = options.model.engine_options();
   prefer_exact_kv(engine_options);
   const OpenModel model = open_model(options.model, engine_options);
@@ -77,7 +76,7 @@ void add_logits(CLI::App& app) {
       ->required()
       ->type_name("FILE");
   command->footer(
-      "No BOS is added. The KV cache is f32 unless --kv says otherwise.\n"
+      "No BOS is added. The KV cache is f32 (on CUDA f16) unless --kv says otherwise.\n"
       "Example:\n"
       "  nibble logits model.gguf --ids 2,5,525,274 --last 2 --out rows.f32");
   command->callback([options] { logits(*options); });

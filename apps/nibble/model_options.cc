@@ -145,10 +145,10 @@ engine::EngineOptions ModelOptions::engine_options() const {
 }
 
 void prefer_exact_kv(engine::EngineOptions& options) {
-  if (!options.kv_format &&
-      std::ranges::count(engine::kv_formats(options.backend), backend::KvFormat::kF32) > 0) {
-    options.kv_format = backend::KvFormat::kF32;
-  }
+  const auto formats = engine::kv_formats(options.backend);
+  const bool has_f32 = std::ranges::count(formats, backend::KvFormat::kF32) > 0;
+  if (!options.kv_format)
+    options.kv_format = has_f32 ? backend::KvFormat::kF32 : backend::KvFormat::kF16;
 }
 
 OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& engine_options) {
@@ -165,7 +165,7 @@ OpenModel open_model(const ModelOptions& options, const engine::EngineOptions& e
              printable(engine.backend().description()), engine.context());
   if (options.verbose) {
     const backend::MemoryUse memory = engine.backend().memory();
-    fmt::print(stderr, "opened in {:.0f} ms: {} of weights, {} cache, up to {} tokens a step\n",
+    fmt::print(stderr, "opened in {:.0f} ms: {} of weights, cache {}, up to {} tokens a step\n",
                opened.load_ms, human_bytes(memory.weights_bytes),
                describe_kv(engine.backend().kv().groups()), engine.ubatch());
   }

@@ -38,8 +38,8 @@ struct ModelOptions {
   engine::EngineOptions engine_options() const;
 };
 
-// For commands that measure quality: f32 where --kv leaves the choice, so that the cache adds no
-// rounding of its own.
+// For commands that measure quality: where --kv leaves the choice, f32, so that the cache adds no
+// rounding of its own, or f16 on a backend that has no f32; whatever the context.
 void prefer_exact_kv(engine::EngineOptions& options);
 
 struct OpenModel {

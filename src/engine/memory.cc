@@ -108,8 +108,8 @@ Size fit(const Plan& plan, SizeRequest request, uint64_t free_bytes) {
   const uint64_t needed = bytes_for(plan, request, request.context, 0);
   if (!any || needed > free_bytes) {
     fail(ErrorCode::kOutOfMemory,
-         "{} of weights and {} session(s) of {} tokens with {} KV need {} of memory, {} are free; "
-         "{}{}",
+         "{} of weights and {} session(s) of {} tokens (KV cache: {}) need {} of memory, {} are "
+         "free; {}{}",
          in_words(plan.weight_bytes()), request.sessions, request.context,
          describe_kv(make_kv_groups(plan, request.kv)), in_words(needed), in_words(free_bytes),
          what_would_fit(plan, request, free_bytes), request.advice);
