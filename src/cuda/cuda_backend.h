@@ -23,8 +23,8 @@ DeviceInfo device_info(uint32_t device);
 // Runs plans on one GPU. Weights are copied to device memory, so the plan's mapping may go away
 // afterwards; the plan itself must outlive the backend. Throws Error(kOutOfMemory) when the device
 // has too little memory for weights and workspace (engine::fit() says so before), and
-// Error(kUnsupported) for what it has no kernels for: KV formats but f16, head sizes but 64, 128,
-// 256 and 512.
+// Error(kUnsupported) for what it has no kernels for: a device, KV format f32, or heads that
+// check_heads() refuses.
 std::unique_ptr<backend::Backend> make_cuda_backend(const backend::Plan& plan,
                                                     const backend::BackendOptions& options,
                                                     const Progress& progress);
