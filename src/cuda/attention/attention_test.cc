@@ -99,10 +99,10 @@ class Step {
                              most_pages_, table_stride_, bytes)
           .pages;
     };
+    constexpr uint64_t kMostScratch = 1 << 30;
+    const uint32_t wanted = std::min(section_pages(kMostScratch), little_scratch ? 1 : most_pages_);
     uint64_t scratch_bytes = 1 << 16;
-    while (section_pages(scratch_bytes) < (little_scratch ? 1 : most_pages_) &&
-           scratch_bytes < 1 << 30)
-      scratch_bytes += scratch_bytes / 8;
+    while (section_pages(scratch_bytes) < wanted) scratch_bytes += scratch_bytes / 8;
     scratch_ = DeviceArray<char>(scratch_bytes);
     workspace_ = DeviceArray<char>(attention_workspace_bytes(layer_.shape, launch_));
     device_pool_.upload(pool_);
