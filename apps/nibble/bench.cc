@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/memory.h"
+#include "engine/packed_model.h"
 #include "nibble/commands.h"
 #include "nibble/input.h"
 #include "nibble/json.h"
@@ -292,13 +293,17 @@ void bench(const BenchOptions& options) {
   }
 
   engine::EngineOptions engine_options = options.model.engine_options();
-  engine_options.context = contexts.back();
+  engine_options.context = std::max(contexts.back(), options.capacity);
   if (options.profile) {
+    // Its steps come behind the last context and must not change what --kv auto takes there.
+    const auto plan = engine::ModelFile::open(model_path(options.model.model)).build_plan();
+    engine_options.kv_format = kv_options(plan, engine_options).format;
     const uint32_t ubatch = engine_options.ubatch;
-    engine_options.context +=
-        kProfiledSteps + (ubatch == 0 ? engine::default_ubatch(engine_options.backend) : ubatch);
+    engine_options.context =
+        std::max(engine_options.context,
+                 contexts.back() + kProfiledSteps +
+                     (ubatch == 0 ? engine::default_ubatch(engine_options.backend) : ubatch));
   }
-  engine_options.context = std::max(engine_options.context, options.capacity);
   engine_options.sessions = *std::max_element(batches.begin(), batches.end());
   const OpenModel model = open_model(options.model, engine_options);
 

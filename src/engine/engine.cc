@@ -129,6 +129,14 @@ const BackendTraits* find_traits(std::string_view backend) {
   return found == std::end(traits) ? nullptr : found;
 }
 
+// Throws as open() does on names that are no backend's.
+const BackendTraits& require_traits(std::string_view backend) {
+  const BackendTraits* traits = find_traits(backend);
+  if (traits == nullptr) find_backend(backend);
+  NIBBLE_CHECK(traits != nullptr);
+  return *traits;
+}
+
 void validate(const EngineOptions& options, const BackendKind& kind) {
   if (options.sessions == 0 || options.sessions > kMaxSessions) {
     fail(ErrorCode::kInvalidArgument, "{} sessions asked for, expected 1 to {}", options.sessions,
@@ -156,9 +164,7 @@ void validate(const EngineOptions& options, const BackendKind& kind) {
 }  // namespace
 
 uint32_t default_ubatch(std::string_view backend) {
-  const BackendTraits* traits = find_traits(backend);
-  NIBBLE_CHECK(traits != nullptr);
-  return traits->ubatch;
+  return require_traits(backend).ubatch;
 }
 
 std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
@@ -168,9 +174,7 @@ std::span<const backend::KvFormat> kv_formats(std::string_view backend) {
 
 backend::KvOptions kv_options(const backend::Plan& plan, const EngineOptions& options) {
   using enum backend::KvFormat;
-  const BackendTraits* traits = find_traits(options.backend);
-  NIBBLE_CHECK(traits != nullptr);
-  backend::KvFormat format = traits->kv_formats.front();
+  backend::KvFormat format = require_traits(options.backend).kv_formats.front();
   if (format == kF16 && options.context > kLongContext && allows(plan, kQ8)) format = kQ8;
   if (options.kv_format) format = *options.kv_format;
   return {.format = format,
@@ -205,7 +209,7 @@ MemoryNeeds memory_needs(const backend::Plan& plan, const EngineOptions& options
   SizeRequest request = size_request(plan, options);
   if (request.context == 0) request.context = plan.trained_context;
   MemoryNeeds needs = needs_of(plan, request);
-  needs.driver_bytes = find_traits(options.backend)->driver_bytes;
+  needs.driver_bytes = require_traits(options.backend).driver_bytes;
   return needs;
 }
 

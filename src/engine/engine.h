@@ -42,14 +42,16 @@ struct EngineOptions {
   uint32_t snapshots = kTurnSnapshots;
 };
 
-// Most tokens of one step where options leave it open, of a backend named as in EngineOptions.
+// What follows takes backends' names as EngineOptions has them, "cuda" also where this build or
+// machine has none, and throws Error as open() does on others.
+
+// Most tokens of one step where options leave it open.
 uint32_t default_ubatch(std::string_view backend);
-// In which formats such a backend stores keys and values; its default first.
-// Also of "cuda" where this build or machine has none; empty for a name that is no backend's.
+// In which formats a backend stores keys and values; its default first. None for other names.
 std::span<const backend::KvFormat> kv_formats(std::string_view backend);
-// How open() stores them. The backend must be one. A format left open becomes its default; but q8
-// instead of f16 if more than kLongContext tokens are asked for and the model allows it, since it
-// costs half the bytes and next to nothing else (docs/formats/kv-quality.md).
+// How open() stores them. A format left open becomes the default; but q8 instead of f16 if more
+// than kLongContext tokens are asked for and the model allows it, since it costs half the bytes and
+// next to nothing else (docs/formats/kv-quality.md).
 inline constexpr uint32_t kLongContext = 8192;
 backend::KvOptions kv_options(const backend::Plan& plan, const EngineOptions& options);
 // The same with each format that backend and model allow.
@@ -64,8 +66,7 @@ struct MemoryNeeds {
   uint64_t driver_bytes;  // about what a device's driver takes for itself
   uint64_t total() const;
 };
-// Computed without loading or a device; also for a backend that this build has not. Context 0 is
-// the trained one.
+// Computed without loading or a device. Context 0 is the trained one.
 MemoryNeeds memory_needs(const backend::Plan& plan, const EngineOptions& options);
 
 // One model on one device, shared by its sessions, which it must outlive. Not thread-safe, except

@@ -90,6 +90,18 @@ TEST(KvOptions, LongContextsAreQ8UnlessSaidOtherwise) {
   EXPECT_EQ(kv_options(odd, options).format, KvFormat::kF16);
 }
 
+TEST(MemoryNeeds, OfNoBackendAreAnError) {
+  EngineOptions options;
+  for (const char* backend : {"abacus", "metal", ""}) {
+    options.backend = backend;
+    EXPECT_THROW(default_ubatch(backend), Error);
+    EXPECT_THROW(kv_options(plan_of(512), options), Error);
+    EXPECT_THROW(memory_needs(plan_of(512), options), Error);
+    EXPECT_TRUE(kv_formats(backend).empty());
+  }
+  EXPECT_GT(default_ubatch("cuda"), 0u);  // also where the build has none
+}
+
 TEST(Fit, TakesTheTrainedContextWhereItFits) {
   EXPECT_EQ(fit(plan_of(8192), request(0), uint64_t{1} << 40).context, 8192u);
   EXPECT_EQ(fit(plan_of(8192), request(100), uint64_t{1} << 40).context, 100u);

@@ -376,19 +376,36 @@ TEST(Inspect, ShowsMetadataTensorsAndMemory) {
   }
 }
 
+// What `bench` says of the cache.
+std::string cache_of(const std::string& model, std::vector<std::string> options) {
+  const TemporaryFile file;
+  options.insert(options.begin(), {"bench", model, "--context", "64", "--generate", "4",
+                                   "--backend", "cpu", "--json", file.path()});
+  const Outcome outcome = nibble(options);
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json::value result = json::parse(read_file(file.path()));
+  return std::string(result.at_pointer("/config/kv").as_string());
+}
+
 TEST(Bench, SaysHowKeysAndValuesAreStored) {
   const auto cache = [](std::vector<std::string> options) {
-    const TemporaryFile file;
-    options.insert(options.begin(), {"bench", micro("f16"), "--context", "64", "--generate", "4",
-                                     "--backend", "cpu", "--json", file.path()});
-    const Outcome outcome = nibble(options);
-    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
-    const json::value result = json::parse(read_file(file.path()));
-    return std::string(result.at_pointer("/config/kv").as_string());
+    return cache_of(micro("f16"), std::move(options));
   };
   EXPECT_EQ(cache({}), "f16 in shared rows, f16 in windows");
   EXPECT_EQ(cache({"--kv", "tq4", "--kv-window", "q8"}), "tq4 in shared rows, q8 in windows");
   EXPECT_EQ(cache({"--kv", "q8", "--kv-layout", "split"}), "q8, f16 in windows");
+}
+
+TEST(Bench, ProfilingDoesNotChangeTheCache) {
+  const TemporaryFile model;
+  small_gemma4({.head_dim_sliding = 64, .head_dim_full = 64}).write(model.path());
+  EXPECT_EQ(cache_of(model.path(), {"--capacity", "8193"}), "q8, f16 in windows");
+  // The profile's steps end beyond 8,192.
+  EXPECT_EQ(cache_of(model.path(), {"--profile", "--ubatch", "8192"}), "f16");
+}
+
+TEST(Bench, BackendsThatThisBuildLacksAreNamed) {
+  expect_failure(nibble({"bench", micro("f16"), "--backend", "metal", "--profile"}), "'metal'");
 }
 
 TEST(Bench, MeasuresEachContextAndBatch) {
