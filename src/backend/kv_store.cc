@@ -42,10 +42,12 @@ PageId KvStore::allocate(uint32_t group) {
     const auto page = static_cast<uint32_t>(pool.references.size());
     const uint64_t page_bytes = groups_[group].page_bytes;
     if (page == pool.max_pages) {
+      const uint32_t window = groups_[group].window;
       fail(ErrorCode::kOutOfMemory,
-           "the KV cache is full: all {} pages of {} bytes for layers with window {} are taken; "
-           "end a session or open the model with a larger context",
-           page, page_bytes, groups_[group].window);
+           "the KV cache is full: all {} pages of {} bytes for layers {} are taken; end a session "
+           "or open the model with a larger context",
+           page, page_bytes,
+           window == 0 ? "without a window" : fmt::format("with a window of {}", window));
     }
     try {
       if (pool.references.capacity() == page) {

@@ -215,13 +215,14 @@ void PackedModel::read_weights(std::span<const gguf::Tensor> tensors) {
   const uint64_t begin = uint64_t(model_.file_bytes()) + sizeof(Header);
   std::span<const std::byte> left = bytes_.subspan(begin);
   for (size_t i = 0; i < hashes.size(); ++i) {
-    const auto damaged = [&](std::string_view what, uint64_t found, uint64_t expected) {
+    const auto damaged = [&](std::string_view what, uint64_t found, const auto& expected) {
       fail(ErrorCode::kMalformedFile, "{}: packed weight {} has {} {}, expected {}: {}", name_, i,
            what, found, expected, again());
     };
     if (counts[i] == 0 || counts[i] > tensors.size())
-      damaged("a number of tensors of", counts[i], tensors.size());
-    if (layouts[i] >= layouts_.size()) damaged("a layout of", layouts[i], layouts_.size() - 1);
+      damaged("a number of tensors of", counts[i], fmt::format("1 to {}", tensors.size()));
+    if (layouts[i] >= layouts_.size())
+      damaged("a layout of", layouts[i], fmt::format("less than {}", layouts_.size()));
     const cuda::LayoutId layout = *find_layout(layouts_[layouts[i]].name);
     PackedWeight weight{layouts_[layouts[i]].name, {}, 0, tensors[0].columns(), {}, {}, hashes[i]};
     uint64_t needed = 0;
@@ -231,14 +232,14 @@ void PackedModel::read_weights(std::span<const gguf::Tensor> tensors) {
       weight.tensors.push_back(tensor.name);
       weight.rows += tensor.rows();
       needed += cuda::packed_bytes(layout, uint32_t(tensor.rows()), uint32_t(tensor.columns()));
-      if (needed > left.size()) damaged("bytes of", needed, left.size());
+      if (needed > left.size()) damaged("bytes of", needed, fmt::format("at most {}", left.size()));
     }
     // Weights lie one behind the other, each from a page on, up to the end of the file.
     const uint64_t offset = uint64_t(left.data() - bytes_.data()) - begin;
     if (offsets[i] != offset) damaged("an offset of", offsets[i], offset);
     if (bytes[i] != needed) damaged("bytes of", bytes[i], needed);
     const uint64_t stretch = round_up(needed, packed::kPageBytes);
-    if (stretch > left.size()) damaged("bytes of", stretch, left.size());
+    if (stretch > left.size()) damaged("bytes of", stretch, fmt::format("at most {}", left.size()));
     weight.data = left.first(needed);
     weight.stretch = left.first(stretch);
     left = left.subspan(stretch);
