@@ -11,7 +11,10 @@ namespace nibble::app {
 
 void add_devices(CLI::App& app) {
   CLI::App* command = app.add_subcommand("devices", "List what models can run on here");
-  command->footer("The first two columns are what --backend and --device take.");
+  command->footer(
+      "The first two columns are what --backend and --device take.\n"
+      "Example:\n"
+      "  nibble devices");
   command->callback([] {
     for (const engine::Device& device : engine::list_devices()) {
       fmt::print("{} {}  {}: {} cores, {}, {} of memory, {} free\n", device.backend, device.index,

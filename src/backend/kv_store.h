@@ -68,7 +68,8 @@ class KvSequence {
   const std::vector<PageId>& table(uint32_t group) const { return tables_[group]; }
 
   // Makes [length, length + tokens) writable in every group: adds pages, copies a shared last one.
-  // When memory runs out, throws Error(kOutOfMemory) and leaves the sequence as it was.
+  // Leaves the sequence as it was when it throws: Error(kOutOfMemory) where there are no pages,
+  // std::bad_alloc, or what copy_page() throws.
   void prepare(uint32_t tokens);
   // The `tokens` prepared positions now hold keys and values; lets go of pages that no window
   // can see any more.

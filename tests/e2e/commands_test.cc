@@ -491,6 +491,7 @@ TEST(Usage, HelpGoesToStdout) {
     EXPECT_EQ(outcome.exit_code, 0) << command;
     EXPECT_EQ(outcome.err, "") << command;
     EXPECT_NE(outcome.out.find("Usage"), std::string::npos) << command;
+    EXPECT_NE(outcome.out.find("Example"), std::string::npos) << command;
   }
 }
 
