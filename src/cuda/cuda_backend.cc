@@ -74,12 +74,15 @@ class CudaBackend final : public Backend {
   MemoryUse memory() const override;
   void run(const Batch& batch, BatchResult& result) override;
   double read_bandwidth() override {
+    use_device();
     return measure_read_bandwidth(stream_.handle, weights_.memory());
   }
   void set_profiling(bool on) override { profiler_.set(on); }
   std::vector<ProfileEntry> profile() override { return profiler_.entries(); }
 
  private:
+  // Of CUDA's calls many go to the thread's current device, which another backend may have changed.
+  void use_device() const { NIBBLE_CUDA(cudaSetDevice(int(options_.device))); }
   void add_norm(const RmsNorm& norm);
   void add_attention(const NormQkvStep& qkv, const AttendStep& attend);
   void reserve_workspace();
@@ -251,7 +254,7 @@ CudaBackend::CudaBackend(const Plan& plan, const BackendOptions& options, const 
       options_(options),
       device_(select(options.device)),
       weights_(require_kernels(plan), options.weights, progress),
-      kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, stream_.handle),
+      kv_(make_kv_groups(plan, options.kv), options.max_kv_pages, options.device, stream_.handle),
       kv_places_(kv_places(plan, kv_.groups())) {
   for (size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
@@ -391,6 +394,7 @@ MemoryUse CudaBackend::memory() const {
 }
 
 void CudaBackend::run(const Batch& batch, BatchResult& result) {
+  use_device();
   NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // also after a step that failed
   result.sampled.clear();
   if (!inputs_.send(batch, stream_.handle)) graphs_.clear();
@@ -433,7 +437,8 @@ void CudaBackend::run_graph() {
       launch_step(nullptr, nullptr);
     } catch (...) {
       cudaStreamEndCapture(stream_.handle, &captured);
-      cudaGraphDestroy(captured);
+      if (captured) cudaGraphDestroy(captured);
+      static_cast<void>(cudaGetLastError());  // what was thrown says why
       throw;
     }
     NIBBLE_CUDA(cudaStreamEndCapture(stream_.handle, &captured));

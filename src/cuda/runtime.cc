@@ -6,6 +6,7 @@ namespace nibble::cuda {
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // it is reported here, not by the next launch that asks
   const bool memory = error == cudaErrorMemoryAllocation;
   fail(memory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice, "{}: {}", call,
        cudaGetErrorString(error));

@@ -15,6 +15,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -262,6 +263,22 @@ TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
   }
   EXPECT_EQ(kv.length(), begin.size());
   EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+}
+
+TEST(CudaBackendDevices, EachRunsOnItsOwnInAnyThread) {
+  if (cuda::device_count() < 2) GTEST_SKIP() << "this machine has no two CUDA devices";
+  const RealModel model("micro-gemma4-Q4_K_M.gguf");
+  BackendOptions options = model.options(KvFormat::kF16);
+  std::unique_ptr<Backend> backends[2];
+  for (uint32_t i = 0; i < 2; ++i) {
+    options.device = i;
+    backends[i] = cuda::make_cuda_backend(model.plan, options, {});
+  }
+  const std::span tokens = std::span(model.tokens).first(100);
+  std::vector<float> logits[2];
+  for (size_t i = 0; i < 2; ++i)
+    std::thread([&] { logits[i] = prefill_fresh(*backends[i], tokens, 7); }).join();
+  EXPECT_LE(relative_error(logits[1], logits[0]), kHalves);
 }
 
 // What `builder` makes of a model.

@@ -27,6 +27,7 @@ void DeviceKvStore::add_page(uint32_t group, backend::PageId page) {
   const uint64_t pages = std::min<uint64_t>(std::max<uint64_t>(1, kSlabBytes / page_bytes),
                                             max_pages_[group] - page.value);
   addresses.reserve(addresses.size() + pages);
+  NIBBLE_CUDA(cudaSetDevice(int(device_)));  // the calling thread may have come from another one
   void* slab;
   if (cudaMalloc(&slab, pages * page_bytes) != cudaSuccess) {
     static_cast<void>(cudaGetLastError());  // it is dealt with

@@ -47,6 +47,7 @@ double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> me
   for (int pass = 0; pass < kPasses; ++pass) {
     NIBBLE_CUDA(cudaEventRecord(begin.handle, stream));
     read_kernel<<<blocks, kThreads, 0, stream>>>(words, bytes / sizeof(uint4), never.data());
+    NIBBLE_CUDA(cudaGetLastError());
     NIBBLE_CUDA(cudaEventRecord(end.handle, stream));
     NIBBLE_CUDA(cudaEventSynchronize(end.handle));
     float ms;
