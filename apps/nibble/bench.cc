@@ -183,6 +183,7 @@ struct Report {
   uint64_t peak_kv_bytes;
   uint64_t peak_bytes;
   double read_bytes_per_s;
+  double matrix_flops_per_s = 0;  // of the device's matrix units, where it was measured
   std::vector<Profile> profiles;
 };
 
@@ -225,6 +226,7 @@ boost::json::object to_json(const Report& report, const BenchOptions& options,
             {"ubatch", engine.ubatch()},
             {"generate", options.generate}}},
           {"read_bytes_per_s", report.read_bytes_per_s},
+          {"matrix_flops_per_s", report.matrix_flops_per_s},
           {"points", std::move(points)},
           {"profile", std::move(profiles)},
           {"memory",
@@ -251,28 +253,30 @@ void print(const Report& report) {
              human_bytes(report.memory.workspace_bytes), human_bytes(report.peak_bytes));
 }
 
+// `value` and its share of `peak`, in a column of its own each; blank where there is none.
+std::string with_share(double value, double peak, int digits) {
+  if (value == 0) return fmt::format("  {:>8}  {:>7}", "", "");
+  const std::string share = peak == 0 ? "" : fmt::format("{:.1f} %", 100 * value / peak);
+  return fmt::format("  {:>8.{}f}  {:>7}", value, digits, share);
+}
+
 // Each kind's time alone, which hides what overlaps in a real step: look at the shares.
-void print(const Profile& profile, double read_bytes_per_s) {
+void print(const Profile& profile, const Report& report) {
   double total_us = 0;
   for (const backend::ProfileEntry& entry : profile.entries) total_us += entry.us;
   if (profile.entries.empty()) {
     fmt::print("\n{} step: this backend has no profile\n", profile.step);
     return;
   }
-  fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>6}  {}\n",
+  fmt::print("\n{:<20} {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>7}  {:>8}  {:>7}\n",
              fmt::format("{} step", profile.step), "calls/step", "us/step", "share", "us/call",
-             "TFLOP/s", "GB/s", "of memory speed");
+             "TFLOP/s", "of peak", "GB/s", "of peak");
   for (const backend::ProfileEntry& entry : profile.entries) {
-    fmt::print("{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}", entry.kind,
+    fmt::print("{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}{}{}\n", entry.kind,
                double(entry.calls) / profile.steps, entry.us / profile.steps,
-               100 * entry.us / total_us, entry.us / double(entry.calls));
-    if (entry.flops != 0) fmt::print("  {:>8.1f}", entry.flops / entry.us / 1e6);
-    if (entry.bytes != 0) {
-      const double bytes_per_s = double(entry.bytes) / (entry.us * 1e-6);
-      fmt::print("  {:>6.0f}  {:>13.1f} %", bytes_per_s / 1e9,
-                 100 * bytes_per_s / read_bytes_per_s);
-    }
-    fmt::print("\n");
+               100 * entry.us / total_us, entry.us / double(entry.calls),
+               with_share(entry.flops / entry.us / 1e6, report.matrix_flops_per_s / 1e12, 1),
+               with_share(double(entry.bytes) / entry.us / 1e3, report.read_bytes_per_s / 1e9, 0));
   }
   fmt::print("{:<20} {:>10}  {:>9.1f}\n", "sum", "", total_us / profile.steps);
 }
@@ -322,8 +326,13 @@ void bench(const BenchOptions& options) {
   if (report.read_bytes_per_s == 0) {
     report.read_bytes_per_s = measure_read_bandwidth(options.model.threads);
   }
+  if (options.profile) report.matrix_flops_per_s = model.engine->backend().matrix_rate();
   print(report);
-  for (const Profile& profile : report.profiles) print(profile, report.read_bytes_per_s);
+  if (report.matrix_flops_per_s != 0) {
+    fmt::print("matrices are multiplied at {:.0f} TFLOP/s with nothing else to do\n",
+               report.matrix_flops_per_s / 1e12);
+  }
+  for (const Profile& profile : report.profiles) print(profile, report);
 
   if (!options.json.empty()) {
     std::ofstream out(options.json);

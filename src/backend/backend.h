@@ -81,6 +81,9 @@ class Backend {
   // Bytes per second that the device reads from the memory where weights lie with nothing else to
   // do, measured now; 0 where that is the host's memory.
   virtual double read_bandwidth() { return 0; }
+  // Multiplications and additions per second that the device's matrix units do with nothing else to
+  // do, measured now; 0 where a profile has none to compare with.
+  virtual double matrix_rate() { return 0; }
   // Between set_profiling(true) and set_profiling(false) every piece of work is timed by itself,
   // which slows the whole down; profile() is what came out. Empty where a backend has none.
   virtual void set_profiling(bool /*on*/) {}

@@ -18,6 +18,7 @@
 #include "cuda/layouts/pack.h"
 #include "cuda/linear/launch_few_rows.h"
 #include "cuda/linear/launch_many_rows.h"
+#include "cuda/matrix_rate.h"
 #include "cuda/memory/device_kv_store.h"
 #include "cuda/memory/device_weights.h"
 #include "cuda/memory/read_bandwidth.h"
@@ -76,6 +77,10 @@ class CudaBackend final : public Backend {
   double read_bandwidth() override {
     use_device();
     return measure_read_bandwidth(stream_.handle, weights_.memory());
+  }
+  double matrix_rate() override {
+    use_device();
+    return measure_matrix_rate(stream_.handle);
   }
   void set_profiling(bool on) override { profiler_.set(on); }
   std::vector<ProfileEntry> profile() override { return profiler_.entries(); }

@@ -176,6 +176,14 @@ TEST(Run, SaysBothNumbersWhenThePromptIsLongerThanTheContext) {
   EXPECT_NE(outcome.err.find(std::to_string(ids.size())), std::string::npos) << outcome.err;
 }
 
+TEST(Run, SaysWhatWouldFitWhereMemoryIsTooLittle) {
+  const Outcome outcome = nibble({"run", tiny(), "-p", "x", "-c", "2000000000"});
+  expect_failure(outcome, " are free; what would fit: -c ");
+  const bool cuda = nibble({"devices"}).out.starts_with("cuda");
+  EXPECT_EQ(outcome.err.find("can't be shared between GPU and CPU") != std::string::npos, cuda)
+      << outcome.err;
+}
+
 TEST(Run, TakesInvalidUtf8AndAnswersInValid) {
   for (const std::string prompt : {"\xff\xfe", "caf\xc3", "\xed\xa0\x80", "a\x80z"}) {
     const json::value answer = parsed(nibble({"run", "-n", "8", "--json"}, prompt));
@@ -402,6 +410,24 @@ TEST(Bench, ProfilingDoesNotChangeTheCache) {
   EXPECT_EQ(cache_of(model.path(), {"--capacity", "8193"}), "q8, f16 in windows");
   // The profile's steps end beyond 8,192.
   EXPECT_EQ(cache_of(model.path(), {"--profile", "--ubatch", "8192"}), "f16");
+}
+
+TEST(Bench, AProfileHasThePeaksThatItIsComparedWith) {
+  const TemporaryFile file;
+  const Outcome outcome = nibble({"bench", micro("Q4_K_M"), "--context", "64", "--generate", "4",
+                                  "--profile", "--json", file.path()});
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json::value result = json::parse(read_file(file.path()));
+  EXPECT_GT(number(result, "/read_bytes_per_s"), 0);
+  const bool cuda = result.at("device").as_string().starts_with("cuda");
+  EXPECT_EQ(number(result, "/matrix_flops_per_s") > 1e12, cuda);
+  for (const char* step : {"decode", "prefill"}) {
+    const json::array& entries = result.at("profile").at(step).as_array();
+    EXPECT_EQ(entries.empty(), !cuda);
+    for (const json::value& entry : entries) EXPECT_GT(number(entry, "/us_per_step"), 0);
+  }
+  EXPECT_EQ(outcome.out.find("of peak") != std::string::npos, cuda) << outcome.out;
+  EXPECT_EQ(outcome.out.find("has no profile") != std::string::npos, !cuda) << outcome.out;
 }
 
 TEST(Bench, BackendsThatThisBuildLacksAreNamed) {
