@@ -17,6 +17,7 @@
 #include "engine/engine.h"
 #include "engine/pack_model.h"
 #include "engine/packed_format.h"
+#include "support/expect_error.h"
 #include "support/fixtures.h"
 #include "support/small_gemma4.h"
 
@@ -25,6 +26,7 @@ namespace {
 
 using packed::Header;
 namespace key = packed::key;
+using test::expect_error;
 
 class TemporaryFolder {
  public:
@@ -81,20 +83,6 @@ Packed small() {
   const TemporaryFolder folder;
   test::small_gemma4().write(folder / "small.gguf");
   return Packed(folder / "small.gguf");
-}
-
-template <class Action>
-void expect_refused(ErrorCode code, const std::vector<std::string>& parts, Action action) {
-  try {
-    action();
-    FAIL() << "was accepted; expected a message with " << parts.front();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    for (const std::string& part : parts) {
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
-          << "\"" << error.what() << "\" does not mention " << part;
-    }
-  }
 }
 
 // The tiles of a fused run, packed in one piece from the source's blocks.
@@ -185,21 +173,21 @@ TEST(PackedModel, AnOlderLayoutVersionIsRefused) {
   Packed file = small();
   file.set_number(key::kLayoutVersions, 0, cuda::CudaF16Tiled::kVersion - 1);
   file.seal();
-  expect_refused(ErrorCode::kUnsupported,
-                 {fmt::format("layout CudaF16Tiled version {} found, this build needs version {}",
-                              cuda::CudaF16Tiled::kVersion - 1, cuda::CudaF16Tiled::kVersion),
-                  "run nibble pack on small.gguf again"},
-                 [&] { file.open(); });
+  expect_error(ErrorCode::kUnsupported,
+               {fmt::format("layout CudaF16Tiled version {} found, this build needs version {}",
+                            cuda::CudaF16Tiled::kVersion - 1, cuda::CudaF16Tiled::kVersion),
+                "run nibble pack on small.gguf again"},
+               [&] { file.open(); });
 }
 
 TEST(PackedModel, AnotherFormatVersionIsRefused) {
   for (const uint64_t version : {packed::kFormatVersion - 1, packed::kFormatVersion + 1}) {
     Packed file = small();
     reinterpret_cast<Header*>(file.bytes.data())->version = version;
-    expect_refused(ErrorCode::kUnsupported,
-                   {fmt::format("format version {} found", version),
-                    fmt::format("needs version {}", packed::kFormatVersion), "nibble pack"},
-                   [&] { file.open(); });
+    expect_error(ErrorCode::kUnsupported,
+                 {fmt::format("format version {} found", version),
+                  fmt::format("needs version {}", packed::kFormatVersion), "nibble pack"},
+                 [&] { file.open(); });
   }
 }
 
@@ -210,12 +198,12 @@ TEST(PackedModel, AnotherBackendArchitectureOrLayoutIsRefusedByName) {
     file.seal();
     return file;
   };
-  expect_refused(ErrorCode::kUnsupported, {"backend 'mtal'", "'cuda'", "small.gguf again"},
-                 [&] { with(key::kBackend, false, "mtal").open(); });
-  expect_refused(ErrorCode::kUnsupported, {"architecture sm_99", "sm_80"},
-                 [&] { with(key::kArchitecture, false, "sm_99").open(); });
-  expect_refused(ErrorCode::kUnsupported, {"layout CudaF17Tiled version 1 found"},
-                 [&] { with(key::kLayoutNames, true, "CudaF17Tiled").open(); });
+  expect_error(ErrorCode::kUnsupported, {"backend 'mtal'", "'cuda'", "small.gguf again"},
+               [&] { with(key::kBackend, false, "mtal").open(); });
+  expect_error(ErrorCode::kUnsupported, {"architecture sm_99", "sm_80"},
+               [&] { with(key::kArchitecture, false, "sm_99").open(); });
+  expect_error(ErrorCode::kUnsupported, {"layout CudaF17Tiled version 1 found"},
+               [&] { with(key::kLayoutNames, true, "CudaF17Tiled").open(); });
 }
 
 TEST(PackedModel, AnotherFusionIsRefused) {
@@ -224,8 +212,8 @@ TEST(PackedModel, AnotherFusionIsRefused) {
   file.replace("blk.1.ffn_up.weight", "blk.1.ffn_up.Weight");
   file.replace("blk.1.ffn_temp", "blk.1.ffn_gate");
   file.seal();
-  expect_refused(ErrorCode::kMalformedFile, {"blk.1.ffn_up.weight"},
-                 [&] { file.open().build_plan(); });
+  expect_error(ErrorCode::kMalformedFile, {"blk.1.ffn_up.weight"},
+               [&] { file.open().build_plan(); });
 
   // The same tensors in another order.
   Packed swapped(test::fixture("models/micro-gemma4-Q4_0.gguf"));
@@ -233,7 +221,7 @@ TEST(PackedModel, AnotherFusionIsRefused) {
   swapped.replace("blk.0.attn_v.weight", "blk.0.attn_k.weight");
   swapped.replace("blk.0.attn_x.weight", "blk.0.attn_v.weight");
   swapped.seal();
-  expect_refused(
+  expect_error(
       ErrorCode::kUnsupported,
       {"blk.0.attn_q.weight + blk.0.attn_v.weight + blk.0.attn_k.weight found, this build needs",
        "blk.0.attn_q.weight + blk.0.attn_k.weight + blk.0.attn_v.weight"},
@@ -244,12 +232,12 @@ TEST(PackedModel, CutShortAnywhereIsRefused) {
   const Packed file = small();
   const auto bytes = std::as_bytes(std::span(file.bytes));
   for (size_t size = 0; size < bytes.size(); size += size < 200 ? 1 : 997) {
-    expect_refused(ErrorCode::kMalformedFile, {"(in memory)"},
-                   [&] { PackedModel::from_bytes(bytes.first(size)); });
+    expect_error(ErrorCode::kMalformedFile, {"(in memory)"},
+                 [&] { PackedModel::from_bytes(bytes.first(size)); });
   }
   std::string longer = file.bytes + '\0';
-  expect_refused(ErrorCode::kMalformedFile, {std::to_string(bytes.size())},
-                 [&] { PackedModel::from_bytes(std::as_bytes(std::span(longer))); });
+  expect_error(ErrorCode::kMalformedFile, {std::to_string(bytes.size())},
+               [&] { PackedModel::from_bytes(std::as_bytes(std::span(longer))); });
 }
 
 TEST(PackedModel, EveryBitIsWatchedOver) {
@@ -272,8 +260,8 @@ TEST(PackedModel, DamagedWeightsAreNamed) {
   const size_t place = file.open().tiles("blk.1.ffn_up.weight").data() -
                        reinterpret_cast<const std::byte*>(file.bytes.data());
   file.bytes[place] ^= 1;
-  expect_refused(ErrorCode::kMalformedFile, {"blk.1.ffn_gate.weight + blk.1.ffn_up.weight"},
-                 [&] { file.open().verify({}); });
+  expect_error(ErrorCode::kMalformedFile, {"blk.1.ffn_gate.weight + blk.1.ffn_up.weight"},
+               [&] { file.open().verify({}); });
 }
 
 TEST(PackedModel, NumbersThatLieAreRefused) {
@@ -297,24 +285,24 @@ TEST(PackedModel, NumbersThatLieAreRefused) {
 
 TEST(PackedModel, OtherFilesAreNoPackedModels) {
   const std::string gguf = test::read_file(test::fixture("models/micro-gemma4-Q4_0.gguf"));
-  expect_refused(ErrorCode::kMalformedFile, {"no packed model"},
-                 [&] { PackedModel::from_bytes(std::as_bytes(std::span(gguf))); });
+  expect_error(ErrorCode::kMalformedFile, {"no packed model"},
+               [&] { PackedModel::from_bytes(std::as_bytes(std::span(gguf))); });
 }
 
 TEST(PackedModel, AnotherSourceIsNamed) {
   const Packed file(test::fixture("models/micro-gemma4-Q4_0.gguf"));
   const PackedModel packed = file.open();
-  expect_refused(ErrorCode::kInvalidArgument,
-                 {"micro-gemma4-Q4_0.gguf of", std::string(packed.source_hash()), "Q8_0.gguf"},
-                 [&] { packed.check_source(test::fixture("models/micro-gemma4-Q8_0.gguf"), {}); });
+  expect_error(ErrorCode::kInvalidArgument,
+               {"micro-gemma4-Q4_0.gguf of", std::string(packed.source_hash()), "Q8_0.gguf"},
+               [&] { packed.check_source(test::fixture("models/micro-gemma4-Q8_0.gguf"), {}); });
 
   // As long as the right one.
   const TemporaryFolder folder;
   std::string changed = test::read_file(test::fixture("models/micro-gemma4-Q4_0.gguf"));
   changed.back() ^= 1;
   std::ofstream(folder / "changed.gguf", std::ios::binary) << changed;
-  expect_refused(ErrorCode::kInvalidArgument, {"changed.gguf", std::string(packed.source_hash())},
-                 [&] { packed.check_source(folder / "changed.gguf", {}); });
+  expect_error(ErrorCode::kInvalidArgument, {"changed.gguf", std::string(packed.source_hash())},
+               [&] { packed.check_source(folder / "changed.gguf", {}); });
 }
 
 TEST(PackedModel, ProcessorsRefuseWhatIsPackedForGpus) {
@@ -324,8 +312,8 @@ TEST(PackedModel, ProcessorsRefuseWhatIsPackedForGpus) {
   for (const char* backend : {"cpu", "reference"}) {
     EngineOptions options;
     options.backend = backend;
-    expect_refused(ErrorCode::kUnsupported, {"packed", "'cuda'", backend, "small.gguf"},
-                   [&] { Engine::open(folder / "packed", options); });
+    expect_error(ErrorCode::kUnsupported, {"packed", "'cuda'", backend, "small.gguf"},
+                 [&] { Engine::open(folder / "packed", options); });
   }
 }
 
@@ -333,17 +321,17 @@ TEST(PackModel, RefusesWhatCannotBePacked) {
   const TemporaryFolder folder;
   test::small_gemma4().write(folder / "small.gguf");
   pack_model(folder / "small.gguf", folder / "packed", {});
-  expect_refused(ErrorCode::kInvalidArgument, {"packed already", "small.gguf"},
-                 [&] { pack_model(folder / "packed", folder / "again", {}); });
-  expect_refused(ErrorCode::kInvalidArgument, {"its own source"},
-                 [&] { pack_model(folder / "small.gguf", folder / "small.gguf", {}); });
-  expect_refused(ErrorCode::kUnsupported, {"'cuda'", "'cpu'"},
-                 [&] { pack_model(folder / "small.gguf", folder / "again", {.backend = "cpu"}); });
-  expect_refused(ErrorCode::kIo, {"nowhere"},
-                 [&] { pack_model(folder / "small.gguf", folder / "nowhere/packed", {}); });
+  expect_error(ErrorCode::kInvalidArgument, {"packed already", "small.gguf"},
+               [&] { pack_model(folder / "packed", folder / "again", {}); });
+  expect_error(ErrorCode::kInvalidArgument, {"its own source"},
+               [&] { pack_model(folder / "small.gguf", folder / "small.gguf", {}); });
+  expect_error(ErrorCode::kUnsupported, {"'cuda'", "'cpu'"},
+               [&] { pack_model(folder / "small.gguf", folder / "again", {.backend = "cpu"}); });
+  expect_error(ErrorCode::kIo, {"nowhere"},
+               [&] { pack_model(folder / "small.gguf", folder / "nowhere/packed", {}); });
   test::small_gemma4().string("nibble.pack.backend", "cuda").write(folder / "forged.gguf");
-  expect_refused(ErrorCode::kInvalidArgument, {"nibble.pack.backend"},
-                 [&] { pack_model(folder / "forged.gguf", folder / "again", {}); });
+  expect_error(ErrorCode::kInvalidArgument, {"nibble.pack.backend"},
+               [&] { pack_model(folder / "forged.gguf", folder / "again", {}); });
   EXPECT_EQ(folder.files(), 3u);
 }
 
@@ -351,8 +339,8 @@ TEST(PackModel, TouchesNoFileThatIsInItsWay) {
   const TemporaryFolder folder;
   test::small_gemma4().write(folder / "packed.partial");
   const std::string before = test::read_file(folder / "packed.partial");
-  expect_refused(ErrorCode::kIo, {"packed.partial", "there already"},
-                 [&] { pack_model(folder / "packed.partial", folder / "packed", {}); });
+  expect_error(ErrorCode::kIo, {"packed.partial", "there already"},
+               [&] { pack_model(folder / "packed.partial", folder / "packed", {}); });
   EXPECT_EQ(test::read_file(folder / "packed.partial"), before);
   EXPECT_EQ(folder.files(), 1u);
 }
@@ -368,8 +356,8 @@ TEST(PackModel, TakesSplitModelsWholeAndReplacesNoneOfTheirParts) {
   first.u16("split.no", 0).u16("split.count", 2).i32("split.tensors.count", count).write(part(0));
   second.u16("split.no", 1).u16("split.count", 2).write(part(1));
   for (const int i : {0, 1}) {
-    expect_refused(ErrorCode::kInvalidArgument, {"its own source"},
-                   [&] { pack_model(part(0), part(i), {}); });
+    expect_error(ErrorCode::kInvalidArgument, {"its own source"},
+                 [&] { pack_model(part(0), part(i), {}); });
   }
   for (const int i : {0, 1}) {
     pack_model(part(i), folder / "packed", {});
@@ -390,7 +378,7 @@ TEST(PackModel, LeavesNothingBehindWhenTheDiskIsFull) {
   rlimit limit = before;
   limit.rlim_cur = 1 << 20;
   ::setrlimit(RLIMIT_FSIZE, &limit);
-  expect_refused(ErrorCode::kIo, {"write"}, [&] {
+  expect_error(ErrorCode::kIo, {"write"}, [&] {
     pack_model(test::fixture("models/micro-gemma4-Q4_0.gguf"), folder / "packed", {});
   });
   ::setrlimit(RLIMIT_FSIZE, &before);
@@ -406,7 +394,7 @@ TEST(PackModel, LeavesNothingBehindWhenItIsInterrupted) {
     EXPECT_TRUE(std::filesystem::exists(folder / "packed.partial"));
     fail(ErrorCode::kCancelled, "Ctrl-C");
   };
-  expect_refused(ErrorCode::kCancelled, {"Ctrl-C"}, [&] {
+  expect_error(ErrorCode::kCancelled, {"Ctrl-C"}, [&] {
     pack_model(test::fixture("models/micro-gemma4-Q4_0.gguf"), folder / "packed", {}, interrupt);
   });
   EXPECT_EQ(folder.files(), 0u);

@@ -12,6 +12,7 @@
 #include <random>
 
 #include "base/error.h"
+#include "support/expect_error.h"
 #include "support/fixtures.h"
 #include "support/gguf_builder.h"
 
@@ -19,23 +20,9 @@ namespace nibble::gguf {
 namespace {
 
 using quant::QuantType;
+using test::expect_error;
 using test::GgufBuilder;
 using ::testing::TempDir;
-
-// Runs `action`, which must throw an Error of `code` whose message has all of `parts`.
-template <class Action>
-void expect_error(ErrorCode code, const std::vector<std::string>& parts, Action action) {
-  try {
-    action();
-    ADD_FAILURE() << "no error; expected one that says " << parts.at(0);
-  } catch (const Error& error) {
-    EXPECT_EQ(int(error.code()), int(code)) << error.what();
-    for (const std::string& part : parts) {
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
-          << "expected " << part << " in: " << error.what();
-    }
-  }
-}
 
 std::vector<float> floats(std::span<const std::byte> data) {
   std::vector<float> values(data.size() / sizeof(float));
