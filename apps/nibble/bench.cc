@@ -272,11 +272,14 @@ void print(const Profile& profile, const Report& report) {
              fmt::format("{} step", profile.step), "calls/step", "us/step", "share", "us/call",
              "TFLOP/s", "of peak", "GB/s", "of peak");
   for (const backend::ProfileEntry& entry : profile.entries) {
-    fmt::print("{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}{}{}\n", entry.kind,
-               double(entry.calls) / profile.steps, entry.us / profile.steps,
-               100 * entry.us / total_us, entry.us / double(entry.calls),
-               with_share(entry.flops / entry.us / 1e6, report.matrix_flops_per_s / 1e12, 1),
-               with_share(double(entry.bytes) / entry.us / 1e3, report.read_bytes_per_s / 1e9, 0));
+    std::string line = fmt::format(
+        "{:<20} {:>10.1f}  {:>9.1f}  {:>5.1f} %  {:>7.2f}{}{}", entry.kind,
+        double(entry.calls) / profile.steps, entry.us / profile.steps, 100 * entry.us / total_us,
+        entry.us / double(entry.calls),
+        with_share(entry.flops / entry.us / 1e6, report.matrix_flops_per_s / 1e12, 1),
+        with_share(double(entry.bytes) / entry.us / 1e3, report.read_bytes_per_s / 1e9, 0));
+    line.resize(line.find_last_not_of(' ') + 1);
+    fmt::print("{}\n", line);
   }
   fmt::print("{:<20} {:>10}  {:>9.1f}\n", "sum", "", total_us / profile.steps);
 }
