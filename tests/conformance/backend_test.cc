@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "base/error.h"
 #include "conformance/real_model.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/isa.h"
@@ -164,25 +163,7 @@ TEST_P(CpuBackendTest, SamplesBesideLogits) {
 }
 
 TEST_P(CpuBackendTest, StoppedBatchLeavesWhatWasCommitted) {
-  const std::span begin = tokens_.first(100), rest = tokens_.subspan(100, 60);
-  KvSequence undisturbed(backend_->kv()), kv(backend_->kv());
-  prefill(*backend_, undisturbed, begin, 512);
-  prefill(*backend_, kv, begin, 512);
-  const std::vector<float> expected = prefill(*backend_, undisturbed, rest, 512);
-
-  kv.prepare(uint32_t(rest.size()));
-  const BatchSequence sequence{rest, &kv, 1, {}};
-  BatchResult result;
-  size_t asked = 0;
-  const auto stop = [&] { return ++asked > model_.plan.steps.size() / 2; };
-  try {
-    backend_->run({.sequences = std::span(&sequence, 1), .stop = stop, .observe = {}}, result);
-    FAIL() << "went on";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::kCancelled);
-  }
-  EXPECT_EQ(kv.length(), begin.size());
-  EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+  expect_stop_keeps_what_was_committed(*backend_, model_);
 }
 
 TEST_P(CpuBackendTest, WeightsAreTheFilesOwnAndPagesAreTakenWhenNeeded) {

@@ -18,7 +18,6 @@
 #include <thread>
 #include <vector>
 
-#include "base/error.h"
 #include "base/half.h"
 #include "conformance/real_model.h"
 #include "quant/q4_0.h"
@@ -244,25 +243,7 @@ TEST_P(CudaBackendTest, SamplesBesideLogits) {
 }
 
 TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
-  const std::span begin = tokens_.first(100), rest = tokens_.subspan(100, 60);
-  KvSequence undisturbed(backend_->kv()), kv(backend_->kv());
-  prefill(*backend_, undisturbed, begin, 512);
-  prefill(*backend_, kv, begin, 512);
-  const std::vector<float> expected = prefill(*backend_, undisturbed, rest, 512);
-
-  kv.prepare(uint32_t(rest.size()));
-  const BatchSequence sequence{rest, &kv, 1, {}};
-  BatchResult result;
-  size_t asked = 0;
-  const auto stop = [&] { return ++asked > model_.plan.steps.size() / 2; };
-  try {
-    backend_->run({.sequences = std::span(&sequence, 1), .stop = stop, .observe = {}}, result);
-    FAIL() << "went on";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::kCancelled);
-  }
-  EXPECT_EQ(kv.length(), begin.size());
-  EXPECT_TRUE(prefill(*backend_, kv, rest, 512) == expected);
+  expect_stop_keeps_what_was_committed(*backend_, model_);
 }
 
 TEST(CudaBackendDevices, EachRunsOnItsOwnInAnyThread) {

@@ -11,6 +11,7 @@
 #include "backend/backend.h"
 #include "gguf/gguf_file.h"
 #include "model/model.h"
+#include "support/expect_error.h"
 #include "support/fixtures.h"
 
 namespace nibble::conformance {
@@ -75,6 +76,28 @@ inline double relative_error(std::span<const float> values, std::span<const floa
     magnitude += std::pow(double(expected[i]), 2);
   }
   return std::sqrt(error / magnitude);
+}
+
+// A batch that is stopped halfway leaves the cache as it was: what comes next is the same to the
+// bit.
+inline void expect_stop_keeps_what_was_committed(Backend& backend, const RealModel& model) {
+  const std::span tokens(model.tokens);
+  const std::span begin = tokens.first(100), rest = tokens.subspan(100, 60);
+  KvSequence undisturbed(backend.kv()), kv(backend.kv());
+  prefill(backend, undisturbed, begin, kUbatch);
+  prefill(backend, kv, begin, kUbatch);
+  const std::vector<float> expected = prefill(backend, undisturbed, rest, kUbatch);
+
+  kv.prepare(uint32_t(rest.size()));
+  const BatchSequence sequence{rest, &kv, 1, {}};
+  BatchResult result;
+  size_t asked = 0;
+  const auto stop = [&] { return ++asked > model.plan.steps.size() / 2; };
+  test::expect_error(ErrorCode::kCancelled, {"cancelled before step"}, [&] {
+    backend.run({.sequences = std::span(&sequence, 1), .stop = stop, .observe = {}}, result);
+  });
+  EXPECT_EQ(kv.length(), begin.size());
+  EXPECT_TRUE(prefill(backend, kv, rest, kUbatch) == expected);
 }
 
 }  // namespace nibble::conformance
