@@ -275,7 +275,7 @@ void add_eval(CLI::App& app) {
   command
       ->add_option("--against-kv", options->against_kv,
                    "Compare with another KV cache: --kv of it, without --kv-window")
-      ->check(CLI::IsMember({"f32", "f16", "q8", "tq4"}).description(""))
+      ->check(is_kv_format())
       ->type_name("FORMAT");
   command->add_flag("--json", options->json, "Print JSON");
   command->footer(

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "base/error.h"
 #include "engine/packed_model.h"
@@ -48,6 +49,11 @@ CLI::Validator finite_between(double low, double high) {
     return fmt::format("{} is not a number from {} to {}", text, low, high);
   };
   return CLI::Validator(check, "");
+}
+
+CLI::Validator is_kv_format(std::vector<std::string> more) {
+  for (const backend::KvFormat format : backend::kKvFormats) more.emplace_back(to_string(format));
+  return CLI::IsMember(std::move(more)).description("");
 }
 
 void add_model(CLI::App& command, std::string& model) {
@@ -92,13 +98,13 @@ void ModelOptions::add_to(CLI::App& command) {
           "--kv", kv,
           "Format of keys and values in the cache: auto (f16, beyond a context of 8192 q8), "
           "f16, q8, tq4, f32")
-      ->check(CLI::IsMember({"auto", "f32", "f16", "q8", "tq4"}).description(""))
+      ->check(is_kv_format({"auto"}))
       ->type_name("FORMAT")
       ->group(kGroup);
   command
       .add_option("--kv-window", kv_window,
                   "The same for layers with a sliding window; left out: f16, or f32 with --kv f32")
-      ->check(CLI::IsMember({"auto", "f32", "f16", "q8", "tq4"}).description(""))
+      ->check(is_kv_format({"auto"}))
       ->type_name("FORMAT")
       ->group(kGroup);
   command

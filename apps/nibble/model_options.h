@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "backend/kv_format.h"
 #include "engine/engine.h"
@@ -14,6 +15,9 @@ namespace nibble::app {
 
 // For options that take a number: refuses NaN, infinities and what lies outside [low, high].
 CLI::Validator finite_between(double low, double high);
+
+// For options that take the name of a KV format, or `more`.
+CLI::Validator is_kv_format(std::vector<std::string> more = {});
 
 // Adds the positional MODEL.
 void add_model(CLI::App& command, std::string& model);
