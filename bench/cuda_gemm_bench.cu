@@ -255,18 +255,18 @@ struct Bench {
         if (!best || us < best_us) best = &launch, best_us = us;
         std::printf(
             "| %-8s | %6u x %-5u | %-4s | %4u | %8.1f | %5.0f | %5.0f | %8.1f | %5.0f | %5.1f %% "
-            "| %u x %u, %u a multiprocessor, %u chunks, %u+%u tiles | %.1e%s | %u |\n",
+            "| %u x %u, %u chunks, %u+%u tiles | %.1e%s | %u |\n",
             name, rows, columns, std::string(quant::quant_traits(Layout::kSource).name).c_str(),
             tokens, us, flop / us / 1e6, double(tiles_bytes(matrix)) / us / 1e3, theirs,
             theirs > 0 ? flop / theirs / 1e6 : 0.0, 100 * theirs / us, launch.tile_rows,
-            launch.tile_tokens, launch.sharers, launch.column_chunks, launch.whole_tiles,
+            launch.tile_tokens, launch.column_chunks, launch.whole_tiles,
             launch.tiles() - launch.whole_tiles, error, error < 1e-3 ? "" : " WRONG", differences);
         std::fflush(stdout);
       }
       if (table) {
-        std::fprintf(table, "{%u, LayoutId(%u), %u, %u, %u, %u},  // %s, %s: %.1f us\n",
+        std::fprintf(table, "{%u, LayoutId(%u), %u, %u, %u},  // %s, %s: %.1f us\n",
                      device.multiprocessors, uint32_t(layout_id<Layout>()), rows, columns,
-                     best->sharers, best->column_chunks, name,
+                     best->column_chunks, name,
                      std::string(quant::quant_traits(Layout::kSource).name).c_str(), best_us);
       }
     }
@@ -284,7 +284,7 @@ struct Bench {
     const DeviceArray<float> sum(tune ? size : 0), ones(std::vector<float>(activations.rows, 1));
     const DeviceArray<std::byte> workspace(many_rows_workspace_bytes(device));
     NIBBLE_CUDA(cudaMemset(workspace.data(), 0, workspace.size()));
-    ManyRowsArgs args = {{matrix.copy(0), matrix.rows, 0},
+    ManyRowsArgs args = {{{matrix.copy(0), matrix.rows, 0}},
                          activations,
                          nullptr,
                          output.data(),
@@ -293,7 +293,7 @@ struct Bench {
     NIBBLE_CUDA(cudaDeviceSynchronize());
     size_t call = 0;
     const double us = time_calls(calls, [&](cudaStream_t stream) {
-      args.weights.data = matrix.copy(call++);
+      args.weights[0].data = matrix.copy(call++);
       launch_many_rows(stream, layout_id<Layout>(), args, launch);
       if (tune) {
         launch_sum(stream, {{output.data(), launch.column_chunks, activations.rows, matrix.rows},
@@ -311,7 +311,7 @@ struct Bench {
   template <class Layout>
   uint32_t other_unit_differences(ManyRowsArgs args, uint32_t columns,
                                   const DeviceArray<float>& output) const {
-    const uint32_t rows = args.weights.rows;
+    const uint32_t rows = args.weights[0].rows;
     const ManyRowsLaunch launch = choose_many_rows(device, MatrixUnit::kMma, layout_id<Layout>(),
                                                    rows, columns, args.activations.rows, false);
     const uint64_t size = uint64_t(args.activations.rows) * rows;

@@ -34,7 +34,9 @@ using namespace backend;
 // one by one costs nothing.
 constexpr uint32_t kMostGraphRows = 64;
 constexpr size_t kMostGraphs = 64;
-constexpr uint32_t kMostFewHeadRows = 16;
+// Of rows beyond these, many_rows.h is faster: of the head because its logits would come in parts,
+// of all matrices with Hopper's instructions (docs/measurements/batches.md).
+constexpr uint32_t kMostFewRows = 16;
 constexpr uint32_t kMostHeadRows = 64;  // logits take a megabyte a row
 
 struct Graph {
@@ -174,9 +176,10 @@ class CudaBackend final : public Backend {
   const BackendOptions options_;
   const DeviceInfo device_;
   const DeviceShape device_shape_ = device_shape();
-  const uint32_t most_few_rows_ = most_few_rows(device_shape_);
-  // So many parts of so many logits would take longer than the rest (docs/measurements/batches.md).
-  const uint32_t most_few_head_rows_ = std::min(most_few_rows_, kMostFewHeadRows);
+  const uint32_t most_few_head_rows_ = std::min(most_few_rows(device_shape_), kMostFewRows);
+  const uint32_t most_few_rows_ = device_matrix_unit() == MatrixUnit::kWgmma
+                                      ? most_few_head_rows_
+                                      : most_few_rows(device_shape_);
   // That are multiplied at a time. The head is too large a matrix to be packed whole in a step.
   const uint32_t most_head_rows_ =
       options_.weights == WeightStorage::kDirect ? kMatrixTokens : kMostHeadRows;
@@ -699,18 +702,27 @@ ManyRowsLaunch CudaBackend::many_rows_launch(const DeviceMatrix& matrix, LayoutI
 Sums CudaBackend::multiply_many(const DeviceMatrix& matrix, const ScaledRows& input) {
   const std::vector<MatrixPart> parts = packed_parts(matrix);
   const ActivationBlocks blocks = {input.rows.values, input.rows.rows, input.rows.column_tiles};
+  const auto arguments = [&](const WeightRows& first, const WeightRows& second) -> ManyRowsArgs {
+    return {{first, second}, blocks, input.scales, sums_.data(), matrix.rows, shared_tiles_.data()};
+  };
   uint32_t result_parts = 1;
   const auto launch_rows = [&](LayoutId layout, const WeightRows& weights) {
     if (weights.rows == 0) return;
     const ManyRowsLaunch launch = many_rows_launch(matrix, layout, weights, blocks.rows);
     result_parts = launch.column_chunks;
-    launch_many_rows(
-        stream_.handle, layout,
-        {weights, blocks, input.scales, sums_.data(), matrix.rows, shared_tiles_.data()}, launch);
+    launch_many_rows(stream_.handle, layout, arguments(weights, {}), launch);
   };
   for (const MatrixPart& part : parts) {
-    launch_rows(part.first, part.rows[0]);
-    if (part.second) launch_rows(*part.second, part.rows[1]);
+    const auto& [first, second] = part.rows;
+    if (part.second && first.rows > 0 && second.rows > 0 &&
+        has_many_rows_kernel(device_matrix_unit(), part.first, *part.second, blocks.rows)) {
+      launch_many_rows(stream_.handle, part.first, *part.second, arguments(first, second),
+                       choose_many_rows(device_shape_, part.first, first.rows, *part.second,
+                                        second.rows, matrix.columns, blocks.rows));
+    } else {
+      launch_rows(part.first, first);
+      if (part.second) launch_rows(*part.second, second);
+    }
   }
   return {sums_.data(), result_parts, blocks.rows, matrix.rows};
 }

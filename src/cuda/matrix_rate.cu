@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_rate_kernel(uint32_t rounds
     for (uint32_t step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (uint32_t i = 0; i < kTogether; ++i)
-        ptx::wgmma<kColumns>(sums[i], left[i], ptx::skip_columns(columns, step));
+        ptx::wgmma<kColumns>(sums[i], left[i], columns + step * ptx::kDescriptorStep);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();

@@ -104,12 +104,6 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* first,
          (shared_address(first) & 0x3ffff) >> 4;
 }
 inline constexpr uint64_t kDescriptorStep = 32 / 16;  // to the next 16 columns
-// The same in 32 bits: an address does not overflow into what else a descriptor says.
-__device__ __forceinline__ uint64_t skip_columns(uint64_t descriptor, uint32_t steps) {
-  return (descriptor & ~uint64_t{0xffffffff}) |
-         uint32_t(uint32_t(descriptor) + steps * uint32_t(kDescriptorStep));
-}
-
 // Registers written before are visible to the products started after.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -142,6 +136,12 @@ __device__ __forceinline__ void wgmma_shared(float (&sums)[kColumns / 2], uint64
 // clang-format off
 #define NIBBLE_SUMS(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define NIBBLE_LEFT_RIGHT "r"(as_bits(a[0])), "r"(as_bits(a[1])), "r"(as_bits(a[2])), "r"(as_bits(a[3])), "l"(b)
+template <>
+__device__ __forceinline__ void wgmma<32>(float (&sums)[16], const __half2 (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+      : NIBBLE_SUMS(0), NIBBLE_SUMS(8) : NIBBLE_LEFT_RIGHT);
+}
 template <>
 __device__ __forceinline__ void wgmma<64>(float (&sums)[32], const __half2 (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "

@@ -12,31 +12,29 @@ constexpr DeviceShape kH100{132, 227 << 10};
 struct Case {
   LayoutId layout;
   uint32_t matrix_rows, columns, rows;
-  uint32_t sharers, chunks, tile_rows, tile_tokens, whole_tiles, shared_tiles, sharing_blocks,
-      blocks;
+  uint32_t chunks, tile_rows, tile_tokens, whole_tiles, shared_tiles, sharing_blocks, blocks;
 };
 
 TEST(ManyRowsChoice, FollowsItsRule) {
   const Case cases[] = {
       // The 31B model's matrices, up to 64 rows of them in a layout that was not measured.
-      {LayoutId::kQ4, 43008, 5376, 2048, 1, 1, 256, 128, 2640, 48, 132, 132},
-      {LayoutId::kQ5, 43008, 5376, 64, 2, 1, 128, 64, 0, 336, 264, 264},
-      {LayoutId::kQ6, 5376, 21504, 1024, 1, 1, 256, 128, 132, 36, 132, 132},
-      {LayoutId::kQ5, 5376, 8192, 40, 2, 4, 128, 64, 0, 168, 264, 264},
-      {LayoutId::kQ5, 5376, 21504, 64, 2, 6, 128, 64, 0, 252, 264, 264},
+      {LayoutId::kQ4, 43008, 5376, 2048, 1, 256, 128, 2640, 48, 132, 132},
+      {LayoutId::kQ5, 43008, 5376, 64, 1, 128, 64, 0, 336, 264, 264},
+      {LayoutId::kQ6, 5376, 21504, 1024, 1, 256, 128, 132, 36, 132, 132},
+      {LayoutId::kQ5, 5376, 8192, 40, 4, 128, 64, 0, 168, 264, 264},
+      {LayoutId::kQ5, 5376, 21504, 64, 6, 128, 64, 0, 252, 264, 264},
       // Tiles of 16-bit weights are half as tall: their bytes would not fit.
-      {LayoutId::kF16, 16384, 5376, 512, 1, 1, 128, 128, 396, 116, 132, 132},
-      {LayoutId::kF16, 16384, 5376, 33, 1, 1, 128, 64, 0, 128, 132, 132},
+      {LayoutId::kF16, 16384, 5376, 512, 1, 128, 128, 396, 116, 132, 132},
+      {LayoutId::kF16, 16384, 5376, 33, 1, 128, 64, 0, 128, 132, 132},
       // Few tiles: not more blocks than can share them.
-      {LayoutId::kQ4, 300, 768, 9, 2, 3, 128, 64, 0, 9, 9, 9},
-      {LayoutId::kQ4, 256, 21504, 33, 2, 12, 128, 64, 0, 24, 168, 168},
-      {LayoutId::kQ4, 132 * 256, 768, 100, 1, 1, 256, 128, 132, 0, 0, 132},
+      {LayoutId::kQ4, 300, 768, 9, 3, 128, 32, 0, 9, 9, 9},
+      {LayoutId::kQ4, 256, 21504, 33, 12, 128, 64, 0, 24, 168, 168},
+      {LayoutId::kQ4, 132 * 256, 768, 100, 1, 256, 128, 132, 0, 0, 132},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(testing::Message() << c.matrix_rows << " x " << c.columns << ", " << c.rows);
     const ManyRowsLaunch launch = choose_many_rows(kH100, MatrixUnit::kWgmma, c.layout,
                                                    c.matrix_rows, c.columns, c.rows, true);
-    EXPECT_EQ(launch.sharers, c.sharers);
     EXPECT_EQ(launch.column_chunks, c.chunks);
     EXPECT_EQ(launch.tile_rows, c.tile_rows);
     EXPECT_EQ(launch.tile_tokens, c.tile_tokens);
@@ -49,12 +47,29 @@ TEST(ManyRowsChoice, FollowsItsRule) {
 
 TEST(ManyRowsChoice, TakesWhatWasMeasured) {
   for (const MeasuredChoice& choice : measured_choices()) {
-    for (const uint32_t rows : {33u, kStreamTokens}) {
+    for (const uint32_t rows : {17u, 32u, 33u, kStreamTokens}) {
       const ManyRowsLaunch launch =
           choose_many_rows({choice.multiprocessors, 227 << 10}, MatrixUnit::kWgmma, choice.layout,
                            choice.matrix_rows, choice.columns, rows, true);
-      EXPECT_EQ(launch.sharers, choice.sharers) << choice.matrix_rows << " x " << choice.columns;
-      EXPECT_EQ(launch.column_chunks, choice.column_chunks);
+      EXPECT_EQ(launch.column_chunks, choice.column_chunks)
+          << choice.matrix_rows << " x " << choice.columns;
+    }
+  }
+}
+
+TEST(ManyRowsChoice, TwoLayoutsShareTheDevice) {
+  EXPECT_TRUE(has_many_rows_kernel(MatrixUnit::kWgmma, LayoutId::kQ4, LayoutId::kQ6, 64));
+  EXPECT_FALSE(has_many_rows_kernel(MatrixUnit::kWgmma, LayoutId::kQ4, LayoutId::kQ6, 65));
+  EXPECT_FALSE(has_many_rows_kernel(MatrixUnit::kWgmma, LayoutId::kQ6, LayoutId::kQ4, 64));
+  EXPECT_FALSE(has_many_rows_kernel(MatrixUnit::kMma, LayoutId::kQ4, LayoutId::kQ6, 64));
+  for (const uint32_t second_rows : {1u, 500u, 4096u, 100000u}) {
+    const ManyRowsLaunches launches =
+        choose_many_rows(kH100, LayoutId::kQ4, 12288, LayoutId::kQ6, second_rows, 5376, 64);
+    EXPECT_EQ(launches.second.first_block, launches.first.blocks);
+    EXPECT_LE(launches.first.blocks + launches.second.blocks, 264u);
+    for (const ManyRowsLaunch& launch : {launches.first, launches.second}) {
+      EXPECT_GT(launch.blocks, 0u);
+      EXPECT_EQ(launch.share_begin(launch.blocks), launch.tiles() * launch.depth);
     }
   }
 }

@@ -27,7 +27,8 @@ template <class Layout>
 __global__ void __launch_bounds__(kMmaThreads)
     many_rows_mma(const __grid_constant__ ManyRowsArgs args,
                   const __grid_constant__ ManyRowsLaunch launch) {
-  constexpr uint32_t kWarpTiles = many_rows_tile_rows(sizeof(Layout), 1) / kTileRows / kMmaWarps;
+  constexpr uint32_t kWarpTiles =
+      many_rows_tile_rows(sizeof(Layout), false) / kTileRows / kMmaWarps;
   constexpr uint32_t kStageChunks = kMmaTokens * kBlockColumns / 8;  // of 16 bytes
   __shared__ uint4 ring[kMmaStages][kStageChunks];
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(kMmaThreads)
 
   // Row tiles that do not exist repeat the last one.
   const uint32_t first_tile = (blockIdx.x / launch.token_blocks * kMmaWarps + warp) * kWarpTiles;
-  const uint32_t row_tiles = (args.weights.rows + kTileRows - 1) / kTileRows;
+  const uint32_t row_tiles = (args.weights[0].rows + kTileRows - 1) / kTileRows;
   const Layout* tiles[kWarpTiles];
   for (uint32_t i = 0; i < kWarpTiles; ++i) {
-    tiles[i] = static_cast<const Layout*>(args.weights.data) +
+    tiles[i] = static_cast<const Layout*>(args.weights[0].data) +
                uint64_t(min(first_tile + i, row_tiles - 1)) * depth;
   }
 
@@ -106,13 +107,13 @@ __global__ void __launch_bounds__(kMmaThreads)
       if (token >= args.activations.rows) continue;
       const float scale = args.scales ? args.scales[token] : 1.0f;
       float* const output =
-          args.output + uint64_t(token) * args.output_stride + args.weights.first_output;
+          args.output + uint64_t(token) * args.output_stride + args.weights[0].first_output;
 #pragma unroll
       for (int j = 0; j < kWarpTiles; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t row = (first_tile + j) * kTileRows + lane / 4 + 8 * half;
-          if (row < args.weights.rows) output[row] = scale * sums[j][i][2 * half + k];
+          if (row < args.weights[0].rows) output[row] = scale * sums[j][i][2 * half + k];
         }
       }
     }

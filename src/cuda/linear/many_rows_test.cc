@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -56,6 +57,9 @@ class Workspace {
 struct Case {
   LayoutId layout;
   uint32_t matrix_rows, columns, rows;
+  // Behind `matrix_rows` of the first layout, in one launch.
+  std::optional<LayoutId> second = {};
+  uint32_t second_rows = 0;
 };
 
 void expect_product(const Workspace& workspace, const Case& c, MatrixUnit unit) {
@@ -77,34 +81,59 @@ void expect_product(const Workspace& workspace, const Case& c, MatrixUnit unit) 
       if (column < c.columns) x[size_t(row) * c.columns + column] = f16_to_f32(bits);
     }
   }
-  const DeviceArray<uint16_t> values(packed);
+  const DeviceArray<uint16_t> device_values(packed);
   const DeviceArray<float> device_scales(scales);
-  activations.values = values.data();
+  activations.values = device_values.data();
 
-  const std::vector<std::byte> blocks = random_blocks(c.layout, c.matrix_rows, c.columns, random);
-  const DeviceArray<std::byte> raw{std::span<const std::byte>(blocks)};
-  const DeviceArray<std::byte> tiles(TileGrid(c.matrix_rows, c.columns).tiles() *
-                                     tile_bytes(c.layout));
-  pack_on_device(nullptr, c.layout, raw.data(), c.matrix_rows, c.columns, 0, tiles.data());
+  struct Weight {
+    LayoutId layout;
+    uint32_t rows;
+    std::vector<std::byte> blocks;
+    DeviceArray<std::byte> tiles;
+
+    Weight(LayoutId layout, uint32_t rows, uint32_t columns, std::mt19937& random)
+        : layout(layout),
+          rows(rows),
+          blocks(random_blocks(layout, rows, columns, random)),
+          tiles(TileGrid(rows, columns).tiles() * tile_bytes(layout)) {
+      const DeviceArray<std::byte> raw{std::span<const std::byte>(blocks)};
+      pack_on_device(nullptr, layout, raw.data(), rows, columns, 0, tiles.data());
+      NIBBLE_CUDA(cudaDeviceSynchronize());
+    }
+  };
+  std::vector<Weight> weights;
+  weights.emplace_back(c.layout, c.matrix_rows, c.columns, random);
+  if (c.second) weights.emplace_back(*c.second, c.second_rows, c.columns, random);
+  const uint32_t outputs = c.matrix_rows + c.second_rows;
 
   constexpr uint32_t kFirstOutput = 3;
-  const uint32_t stride = c.matrix_rows + 5;
+  const uint32_t stride = outputs + 5;
   std::vector<ManyRowsLaunch> launches =
       many_rows_candidates(device_shape(), unit, c.layout, c.matrix_rows, c.columns, c.rows);
   const ManyRowsLaunch launch = launches[random() % launches.size()];
-  SCOPED_TRACE(testing::Message() << launch.sharers << " blocks a multiprocessor, "
-                                  << launch.column_chunks << " chunks");
+  const uint32_t parts = c.second ? 1 : launch.column_chunks;
+  SCOPED_TRACE(testing::Message() << parts << " chunks");
   const size_t part_floats = size_t(c.rows) * stride;
-  const DeviceArray<float> output(launch.column_chunks * part_floats);
-  const ManyRowsArgs args = {{tiles.data(), c.matrix_rows, kFirstOutput},
-                             activations,
-                             device_scales.data(),
-                             output.data(),
-                             stride,
-                             workspace.data()};
+  const DeviceArray<float> output(parts * part_floats);
+  ManyRowsArgs args = {{{weights[0].tiles.data(), c.matrix_rows, kFirstOutput}},
+                       activations,
+                       device_scales.data(),
+                       output.data(),
+                       stride,
+                       workspace.data()};
+  if (c.second) {
+    args.weights[1] = {weights[1].tiles.data(), c.second_rows, kFirstOutput + c.matrix_rows};
+  }
   for (int round = 0; round < 2; ++round) {  // the second on what the first left in the workspace
     NIBBLE_CUDA(cudaMemset(output.data(), 0xff, output.size() * 4));  // NaN
-    launch_many_rows(nullptr, c.layout, args, launch);
+    if (c.second) {
+      ASSERT_TRUE(has_many_rows_kernel(unit, c.layout, *c.second, c.rows));
+      launch_many_rows(nullptr, c.layout, *c.second, args,
+                       choose_many_rows(device_shape(), c.layout, c.matrix_rows, *c.second,
+                                        c.second_rows, c.columns, c.rows));
+    } else {
+      launch_many_rows(nullptr, c.layout, args, launch);
+    }
   }
   NIBBLE_CUDA(cudaDeviceSynchronize());
   const std::vector<float> result = output.download();
@@ -114,31 +143,34 @@ void expect_product(const Workspace& workspace, const Case& c, MatrixUnit unit) 
   // most 2^-11 sqrt((1 + 9 + 4) / 3) times the weight, and they are independent but for groups of
   // 32, which random activations set apart again: seven standard deviations.
   const double tolerance = 16 * std::exp2(-11);
-  quant::QuantType type{};
-  visit_layout(c.layout, [&](auto layout) { type = decltype(layout)::type::kSource; });
-  const size_t row_bytes = quant::row_bytes(type, c.columns);
-  std::vector<float> weights(c.columns);
   for (uint32_t row = 0; row < c.rows; ++row) {
     for (uint32_t i = 0; i < stride; ++i) {
-      if (i >= kFirstOutput && i < kFirstOutput + c.matrix_rows) continue;
-      for (uint32_t part = 0; part < launch.column_chunks; ++part) {
+      if (i >= kFirstOutput && i < kFirstOutput + outputs) continue;
+      for (uint32_t part = 0; part < parts; ++part) {
         ASSERT_TRUE(std::isnan(result[part * part_floats + size_t(row) * stride + i]))
             << "wrote beside its columns";
       }
     }
   }
-  for (uint32_t n = 0; n < c.matrix_rows; n += 1 + c.matrix_rows / 500) {  // all, if not too many
-    quant::quant_traits(type).dequantize(std::span(blocks).subspan(n * row_bytes, row_bytes),
-                                         weights);
+  std::vector<float> values(c.columns);
+  for (uint32_t n = 0; n < outputs; n += 1 + outputs / 500) {  // all, if not too many
+    const bool second = n >= c.matrix_rows;
+    const Weight& weight = weights[second];
+    quant::QuantType type{};
+    visit_layout(weight.layout, [&](auto layout) { type = decltype(layout)::type::kSource; });
+    const size_t row_bytes = quant::row_bytes(type, c.columns);
+    quant::quant_traits(type).dequantize(
+        std::span(weight.blocks).subspan((n - second * c.matrix_rows) * row_bytes, row_bytes),
+        values);
     for (uint32_t row = 0; row < c.rows; ++row) {
       double expected = 0, squares = 0;
       for (uint32_t k = 0; k < c.columns; ++k) {
-        const double product = double(weights[k]) * x[size_t(row) * c.columns + k];
+        const double product = double(values[k]) * x[size_t(row) * c.columns + k];
         expected += product;
         squares += product * product;
       }
       double actual = 0;
-      for (uint32_t part = 0; part < launch.column_chunks; ++part)
+      for (uint32_t part = 0; part < parts; ++part)
         actual += result[part * part_floats + size_t(row) * stride + kFirstOutput + n];
       ASSERT_LE(std::abs(actual - scales[row] * expected),
                 scales[row] * tolerance * std::sqrt(squares))
@@ -154,7 +186,7 @@ TEST(ManyRows, EqualsTheProductInEveryLayoutAndTile) {
   NIBBLE_NEEDS_GPU();
   const Workspace workspace;
   for (const LayoutId layout : kAll) {
-    for (const uint32_t rows : {9u, 33u, 50u, 64u, 130u})
+    for (const uint32_t rows : {9u, 20u, 32u, 33u, 50u, 64u, 130u})
       expect_product(workspace, {layout, 333, 768, rows}, device_matrix_unit());
     expect_product(workspace, {layout, 333, 768, 77}, MatrixUnit::kMma);
   }
@@ -177,6 +209,20 @@ TEST(ManyRows, TakesMatricesOfAllShapes) {
     expect_product(workspace, {LayoutId::kQ4, 1000, 256, 1200},
                    unit);  // nothing to share along the columns
   }
+}
+
+TEST(ManyRows, TakesTwoLayoutsInOneLaunch) {
+  NIBBLE_NEEDS_GPU();
+  if (!has_many_rows_kernel(device_matrix_unit(), LayoutId::kQ4, LayoutId::kQ6, 64))
+    GTEST_SKIP() << "of Hopper's instructions only";
+  const Workspace workspace;
+  for (const uint32_t rows : {17u, 32u, 41u, 64u}) {
+    for (const LayoutId first : {LayoutId::kQ4, LayoutId::kQ5}) {
+      expect_product(workspace, {first, 333, 1024, rows, LayoutId::kQ6, 77}, device_matrix_unit());
+    }
+  }
+  expect_product(workspace, {LayoutId::kQ4, 6000, 2048, 50, LayoutId::kQ6, 2000},
+                 device_matrix_unit());
 }
 
 }  // namespace
