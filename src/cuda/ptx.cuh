@@ -55,12 +55,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// Bytes that are read once: first to leave the L2 cache.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 // The copy engine brings `bytes` (a multiple of 16) to shared memory and reports to `barrier`.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes,
                                           uint64_t* barrier) {
@@ -88,9 +82,21 @@ __device__ __forceinline__ void launch_dependents() {}
 __device__ __forceinline__ void wait_for_dependencies() {}
 #endif
 
+// Bytes that are read once: first to leave the L2 cache.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // 16 bytes from global to shared memory, without passing through registers.
 __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_16(void* to, const void* from) {
   copy_async_16(shared_address(to), from);

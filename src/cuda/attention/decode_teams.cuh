@@ -139,7 +139,8 @@ class TileRing {
       constexpr uint32_t kRowsAtOnce = kLanes / kChunks;
 #pragma unroll
       for (uint32_t i = 0; i < kTeamKeys; i += kRowsAtOnce)
-        ptx::copy_async_16(to + (row + i) * Kv::kStride + chunk * 16, from + i * kv_.row_bytes);
+        ptx::copy_async_16(to + (row + i) * Kv::kStride + chunk * 16, from + i * kv_.row_bytes,
+                           policy_);
     }
     if constexpr (Kv::kInBlocks) {
       constexpr uint32_t kMostBytes = kTeamKeys * 2 * 2 * Kv::kHeadDim / Kv::kBlock;
@@ -159,6 +160,7 @@ class TileRing {
   }
 
   const KvRows& kv_;
+  const uint64_t policy_ = ptx::evict_first_policy();
   WarpShare share_;  // still to be asked for
   const uint64_t* table_;
   uint32_t keys_, values_, value_bytes_;

@@ -88,7 +88,8 @@ class TileReader {
       const char* const page = row < in_first_page ? first_page : second_page;
       const bool copy = row < stored;
       ptx::copy_async_16_or_zero(to + Kv::chunk_at(row, chunk),
-                                 copy ? page + row * Kv::kRowBytes + chunk * 16 : first_page, copy);
+                                 copy ? page + row * Kv::kRowBytes + chunk * 16 : first_page, copy,
+                                 policy_);
     }
   }
 
@@ -99,6 +100,7 @@ class TileReader {
   }
 
   const uint64_t* table_;
+  const uint64_t policy_ = ptx::evict_first_policy();
   uint32_t kv_head_, position_, first_, lane_;
   uint64_t pages_[2];
 };

@@ -46,6 +46,12 @@ __device__ __forceinline__ void copy_async_16_or_zero(uint32_t to, const void* f
                "r"(copy ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void copy_async_16_or_zero(uint32_t to, const void* from, bool copy,
+                                                      uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
+               "l"(from), "r"(copy ? 16 : 0), "l"(policy)
+               : "memory");
+}
 
 }  // namespace ptx
 
