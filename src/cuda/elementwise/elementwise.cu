@@ -16,7 +16,9 @@ constexpr int kTilesOfMany = 2;
 constexpr uint32_t most_warps(int tiles) {
   return kMostWarps / kManyTiles * uint32_t(tiles);
 }
-constexpr uint32_t kGeluWarps = 4;  // of a block that is one of many
+constexpr uint32_t kMostSharers = 4;      // blocks of a multiprocessor, of many rows
+constexpr uint32_t kRuntimeBytes = 1024;  // of shared memory that every block costs besides its own
+constexpr uint32_t kGeluWarps = 4;        // of a block that is one of many
 constexpr uint32_t kSumThreads = 256;
 constexpr uint32_t kSumColumns = 4 * kSumThreads;  // of a block: its loads are under way together
 // A sum of squares this much smaller than its parts has lost 3 of its 24 bits to their difference.
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(most_warps(kTiles) * kLanes)
 // x / 2 * (1 + tanh(u)) is x / (1 + e^(-2u)).
 __device__ __forceinline__ float gelu_tanh(float x) {
   const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-  return x / (1 + __expf(-2 * u));
+  return __fdividef(x, 1 + __expf(-2 * u));
 }
 
 // A warp has a tile of a row.
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kGeluWarps* kLanes)
     overflow |= fabsf(gate[i]) > kLargestHalf;
   }
   if (overflow) *args.overflow = 1;
-  store_activations(args.gated.rows, row, column, gate);
+  store_activation_tile(args.gated.rows, row, column, gate);
   if (column == 0) args.gated.scales[row] = gated_scale;
 }
 
@@ -200,12 +202,23 @@ RowLaunch choose_row_launch(uint32_t width) {
   return {blocks, std::min(tiles_per_block, kMostWarps) * kLanes, tiles_per_block > most_warps(1)};
 }
 
+// Shared memory that a block asks for to no use of its own. The matrix-vector kernel in front
+// leaves one multiprocessor after the other, and the first ones would take all blocks of many rows,
+// which read its many parts (docs/measurements/batches.md).
+uint32_t spreading_bytes(const ActivationRows& rows) {
+  if (rows.rows <= kMatrixTokens || rows.in_blocks) return 0;
+  return device_shape().shared_bytes_per_block / kMostSharers - kRuntimeBytes;
+}
+
 template <class Kernel, class Args>
-void launch_rows(cudaStream_t stream, Kernel narrow, Kernel wide, uint32_t rows, uint32_t width,
-                 const Args& args) {
-  const RowLaunch launch = choose_row_launch(width);
-  launch_dependent_clusters(stream, launch.wide ? wide : narrow, rows, launch.blocks,
-                            launch.threads, 0, args);
+void launch_rows(cudaStream_t stream, Kernel narrow, Kernel wide, const Args& args) {
+  const RowLaunch launch = choose_row_launch(args.width);
+  const Kernel kernel = launch.wide ? wide : narrow;
+  const uint32_t shared_bytes = spreading_bytes(args.normed.rows);
+  NIBBLE_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  launch_dependent_clusters(stream, kernel, args.normed.rows.rows, launch.blocks, launch.threads,
+                            shared_bytes, args);
 }
 
 }  // namespace
@@ -213,8 +226,7 @@ void launch_rows(cudaStream_t stream, Kernel narrow, Kernel wide, uint32_t rows,
 void launch_embed(cudaStream_t stream, const EmbedArgs& args) {
   visit_layout(args.layout, [&](auto layout) {
     using Layout = typename decltype(layout)::type;
-    launch_rows(stream, embed_kernel<Layout, 1>, embed_kernel<Layout, kManyTiles>,
-                args.normed.rows.rows, args.width, args);
+    launch_rows(stream, embed_kernel<Layout, 1>, embed_kernel<Layout, kManyTiles>, args);
   });
 }
 
@@ -223,13 +235,11 @@ void launch_update(cudaStream_t stream, const UpdateArgs& args) {
   const uint32_t warps = (tiles_of(args.width) + kTilesOfMany - 1) / kTilesOfMany;
   if (rows > kMostClusterRows && warps <= most_warps(kTilesOfMany))
     return launch_dependent(stream, update_kernel<kTilesOfMany>, rows, warps * kLanes, 0, args);
-  launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args.sums.rows, args.width,
-              args);
+  launch_rows(stream, update_kernel<1>, update_kernel<kManyTiles>, args);
 }
 
 void launch_norm(cudaStream_t stream, const NormArgs& args) {
-  launch_rows(stream, norm_kernel<1>, norm_kernel<kManyTiles>, args.normed.rows.rows, args.width,
-              args);
+  launch_rows(stream, norm_kernel<1>, norm_kernel<kManyTiles>, args);
 }
 
 void launch_gated_gelu(cudaStream_t stream, const GatedArgs& args) {

@@ -51,4 +51,24 @@ __device__ __forceinline__ void store_activation_chunk(const ActivationRows& to,
   *reinterpret_cast<uint4*>(to.values + at) = *reinterpret_cast<const uint4*>(pairs);
 }
 
+// store_activations() by a warp whose lanes have a whole tile of a row, in order. In blocks, a
+// chunk is of four lanes that are eight apart: they exchange their pairs, so that each stores one.
+__device__ __forceinline__ void store_activation_tile(const ActivationRows& to, uint32_t row,
+                                                      uint32_t column, const float (&values)[8]) {
+  if (!to.in_blocks) return store_activations(to, row, column, values);
+  const uint32_t lane = column % kTileColumns / 8, quarter = lane / 8;
+  __half2 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+  const auto exchange = [&](__half2& low, __half2& high, uint32_t bit) {
+    const bool is_high = quarter & bit;
+    const __half2 other = __shfl_xor_sync(~0u, is_high ? low : high, 8 * bit);
+    low = is_high ? other : low;
+    high = is_high ? high : other;
+  };
+  exchange(pairs[0], pairs[2], 2), exchange(pairs[1], pairs[3], 2);
+  exchange(pairs[0], pairs[1], 1), exchange(pairs[2], pairs[3], 1);
+  store_activation_chunk(to, row, column - quarter * (kLaneColumns - 2), pairs);
+}
+
 }  // namespace nibble::cuda
