@@ -305,7 +305,6 @@ class Step {
   // The step's rows are in their pages as they should be, and nothing else was written.
   void expect_stored_rows(std::vector<std::byte> stored) const {
     const backend::KvRowLayout& layout = cache_.row;
-    std::vector<std::byte> expected(layout.head_bytes());
     const size_t number_bytes = layout.number_bytes(), scale_bytes = 2 * layout.scales();
     for (uint32_t row = 0; row < places_.size(); ++row) {
       for (uint32_t h = 0; h < layer_.shape.kv_heads; ++h) {
@@ -313,14 +312,13 @@ class Step {
           if (of_value && cache_.shared) continue;
           const RowPlace at = places_[row];
           const uint32_t in_page = at.position % kKvPageTokens;
-          encode_kv_row(layout, row_values(row, h, of_value), expected.data(), in_page);
           const size_t head = head_place(at.sequence, at.position, h, of_value);
           const size_t numbers = in_page * number_bytes;
           const size_t scales = layout.scales_offset() + in_page * scale_bytes;
           SCOPED_TRACE("row " + std::to_string(row) + ", head " + std::to_string(h) +
                        (of_value ? ", value" : ", key"));
-          expect_same_row(&stored[head + numbers], &expected[numbers], &stored[head + scales],
-                          &expected[scales]);
+          expect_stored_row(&stored[head + numbers], &stored[head + scales],
+                            row_values(row, h, of_value));
           const auto restore = [&](size_t from, size_t bytes) {
             std::copy_n(pool_.begin() + from, bytes, stored.begin() + from);
           };
@@ -337,44 +335,66 @@ class Step {
     std::memcpy(&bits, from, sizeof bits);
     return f16_to_f32(bits);
   }
-  // They may differ in f16's last place: f32 sums stand before that rounding.
-  static void expect_near_f16(const std::byte* actual, const std::byte* expected,
-                              double relative = 0x1p-10) {
-    const float a = load_f16(actual), e = load_f16(expected);
-    ASSERT_LE(std::abs(a - e), std::max(std::abs(e) * relative, 1e-5));
+  static void expect_f16(const std::byte* stored, double value, double error) {
+    ASSERT_NEAR(load_f16(stored), value, std::abs(value) * 0x1p-11 + error);
   }
-  // Where f32 sums fall on the other side of a boundary, a compressed number may be its neighbour;
-  // with a relative error of 1e-5 in front of steps that are 1e-2 and more apart, that is rare. In
-  // tq4 it changes the squares of a block of n numbers, which are about n, by up to 3.5, and the
-  // scale by half as much.
-  void expect_same_row(const std::byte* numbers, const std::byte* expected, const std::byte* scales,
-                       const std::byte* expected_scales) const {
+
+  // The stored row is what its format makes of these values or of others that are as near to them
+  // as f32 brings sums, norm and RoPE. Whichever side of a boundary a value then falls on, and
+  // whichever f16 its block's scale becomes: the numbers are those that are nearest, given the
+  // scale.
+  void expect_stored_row(const std::byte* numbers, const std::byte* scales,
+                         std::span<const float> values) const {
+    double largest = 0;
+    for (const float x : values) largest = std::max(largest, std::abs(double(x)));
+    const double error = 32 * 0x1p-23 * largest;  // about twice what all these steps may add up to
     const uint32_t block = cache_.row.block;
     if (block == 0) {
-      for (uint32_t i = 0; i < cache_.row.values; ++i)
-        expect_near_f16(numbers + 2 * i, expected + 2 * i);
+      for (uint32_t i = 0; i < values.size(); ++i) expect_f16(numbers + 2 * i, values[i], error);
       return;
     }
-    uint32_t neighbours = 0;
-    for (uint32_t first = 0; first < cache_.row.values; first += block) {
-      const uint32_t before = neighbours;
-      for (uint32_t i = first; i < first + block; ++i) {
-        const int a = level(numbers, i), e = level(expected, i);
-        ASSERT_LE(std::abs(a - e), 1) << "value " << i;
-        neighbours += a != e;
+    for (uint32_t first = 0; first < values.size(); first += block) {
+      SCOPED_TRACE("block at " + std::to_string(first));
+      const std::span<const float> of_block = values.subspan(first, block);
+      const std::byte* const scale = scales + first / block * 2;
+      if (cache_.row.format == KvFormat::kQ8) {
+        expect_q8(numbers + first, scale, of_block, error);
+      } else {
+        expect_tq4(numbers + first / 2, scale, of_block, error);
       }
-      expect_near_f16(scales + first / block * 2, expected_scales + first / block * 2,
-                      0x1p-10 + (neighbours - before) * 2.0 / block);
     }
-    ASSERT_LE(neighbours, 1 + cache_.row.values / 64);
   }
-  // A compressed number, counted from the smallest.
-  int level(const std::byte* numbers, uint32_t i) const {
-    if (cache_.row.format == KvFormat::kQ8) return int8_t(numbers[i]);
-    uint32_t word;
-    std::memcpy(&word, numbers + i / 8 * 4, sizeof word);
-    const int index = int(word >> backend::tq4_magnitude_shift(i % 8) & 7);
-    return word >> backend::tq4_sign_shift(i % 8) & 1 ? 7 - index : 8 + index;
+  static void expect_q8(const std::byte* numbers, const std::byte* scale,
+                        std::span<const float> values, double error) {
+    double largest = 0;
+    for (const float x : values) largest = std::max(largest, std::abs(double(x)));
+    expect_f16(scale, largest / 127, error / 127);
+    const double step = load_f16(scale);
+    for (size_t i = 0; i < values.size(); ++i)
+      ASSERT_NEAR(int8_t(numbers[i]) * step, values[i], step / 2 + error) << "value " << i;
+  }
+  static void expect_tq4(const std::byte* numbers, const std::byte* scale,
+                         std::span<const float> values, double error) {
+    std::vector<float> rotated(values.begin(), values.end());
+    backend::tq4_rotate(rotated);
+    double squares = 0, code_squares = 0;
+    for (const float x : rotated) squares += double(x) * x;
+    const double to_unit = std::sqrt(double(values.size()) / squares);
+    const double unit_error = error * std::sqrt(double(values.size())) * to_unit;
+    for (uint32_t i = 0; i < values.size(); ++i) {
+      uint32_t word;
+      std::memcpy(&word, numbers + i / 8 * 4, sizeof word);
+      const uint32_t index = word >> backend::tq4_magnitude_shift(i % 8) & 7;
+      const bool negative = (word >> backend::tq4_sign_shift(i % 8) & 1) != 0;
+      const double magnitude = f16_to_f32(backend::kTq4Magnitudes[index]);
+      code_squares += magnitude * magnitude;
+      const double unit = (negative ? -1 : 1) * rotated[i] * to_unit;
+      const double from = index == 0 ? 0 : backend::kTq4Boundaries[index - 1];
+      const double to = index == 7 ? INFINITY : backend::kTq4Boundaries[index];
+      ASSERT_GE(unit, from - unit_error) << "value " << i;
+      ASSERT_LE(unit, to + unit_error) << "value " << i;
+    }
+    expect_f16(scale, std::sqrt(squares / code_squares), error);
   }
 
   void make_references() {
