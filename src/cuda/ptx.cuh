@@ -114,6 +114,13 @@ __device__ __forceinline__ void sync_threads(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The larger one, or NaN where one is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+
 // 2^x
 __device__ __forceinline__ float power_of_2(float x) {
   float result;

@@ -39,10 +39,10 @@ DecodeShape decode_shape(const DeviceShape& device, const backend::AttentionShap
   // Warps that have values beside the keys: in shared rows those of the RoPE block, without scales.
   const uint32_t with_values =
       rows.shared ? (rows.order.rope_dims + part_dims(head_dim) - 1) / part_dims(head_dim) : team;
-  const uint32_t ring =
-      decode_stages(rows.format) * (team * (tile_bytes + tile_scales) +
-                                    with_values * (tile_bytes + (rows.shared ? 0 : tile_scales)));
-  const uint32_t results = kQueryColumns * result_stride(head_dim) * 4;
+  const uint32_t stages = decode_stages(rows.format);
+  const uint32_t ring = team * (stages * tile_bytes + (stages + 1) * tile_scales) +
+                        stages * with_values * (tile_bytes + (rows.shared ? 0 : tile_scales));
+  const uint32_t results = kQueryColumns * result_stride(head_dim, rows.block) * 4;
   DecodeShape at = {};
   at.team_bytes = align(std::max(ring, results), 128);
   at.query_stride = head_dim * 2 + (rows.block != 0 ? 64 : 16);
@@ -58,8 +58,9 @@ DecodeShape decode_shape(const DeviceShape& device, const backend::AttentionShap
     at.queries = place(kQueryColumns * at.query_stride);
     at.own_rows = place((rows.shared ? 1 : 2) * at.own_stride);
     const uint32_t makers = std::min(at.warps, kQueryColumns + 2);  // warps that make heads
-    at.staged =
-        place(rows.block == 0 ? 0 : std::max(makers * staged_floats(rows.values()) * 4, results));
+    at.staged = place(rows.block == 0 ? 0
+                                      : std::max(makers * staged_floats(head_dim) * 4,
+                                                 rows.rotated ? results : 0));
     at.exchange = place(team == 1 ? 0 : teams * 2 * 2 * team * 32 * 16);
     at.statistics = place(2 * teams * kQueryColumns * 4);
     at.turns = place(head_dim / 2 * 8);

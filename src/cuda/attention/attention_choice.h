@@ -103,9 +103,13 @@ constexpr uint32_t staged_place(uint32_t index) {
 constexpr uint32_t staged_floats(uint32_t values) {
   return values / 16 * 20;
 }
-// Floats between queries' results in shared memory.
-constexpr uint32_t result_stride(uint32_t head_dim) {
-  return head_dim + 36;
+// Results of a query in shared memory, floats: four lanes write a block of values, each a piece of
+// it, and a gap of 4 behind each piece keeps them off the same banks; as 4 more do for queries.
+constexpr uint32_t result_place(uint32_t dim, uint32_t block) {
+  return block == 0 ? dim : dim + dim / (block / 4) * 4;
+}
+constexpr uint32_t result_stride(uint32_t head_dim, uint32_t block) {
+  return result_place(head_dim, block) + 4;
 }
 
 inline constexpr uint32_t kMostDecodeWarps = 12;

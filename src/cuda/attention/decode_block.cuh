@@ -96,11 +96,13 @@ struct UnitStatistics {
 
   __device__ __forceinline__ float largest_of(uint32_t query) const {
     float result = largest[query];
+#pragma unroll 1
     for (uint32_t i = 1; i < units; ++i) result = fmaxf(result, largest[i * kQueryColumns + query]);
     return result;
   }
   __device__ __forceinline__ float sum_of(uint32_t query) const {
     float result = 0;
+#pragma unroll 1
     for (uint32_t i = 0; i < units; ++i) result += sums[i * kQueryColumns + query];
     return result;
   }
@@ -145,51 +147,51 @@ __device__ __forceinline__ void leave_results(State& state, const UnitStatistics
   __syncthreads();
 }
 
-// What a block has found for four dimensions of a query: sums of values, weights relative to
-// `largest` (score), their sum.
-struct BlockResult {
-  float4 values;
-  float largest, sum;
-
-  __device__ __forceinline__ void add(float4 more) {
-    values = {values.x + more.x, values.y + more.y, values.z + more.z, values.w + more.w};
-  }
-};
+__device__ __forceinline__ void add(float4& to, float4 x) {
+  to = {to.x + x.x, to.y + x.y, to.z + x.z, to.w + x.w};
+}
 
 // Merges the results of a block of `warps` warps with those of the other blocks of the row and KV
-// head, `used` in all; `result(q, d)`: of query q, dimensions from d on.
-template <uint32_t kHeadDim, class Result>
+// head, `used` in all. values(q, d): sums of query q, dimensions [d, d + 4).
+template <uint32_t kHeadDim, class Values>
 __device__ __forceinline__ void finish_block(const AttentionKernelArgs& args,
                                              const DecodeBlock& block, uint32_t used,
-                                             uint32_t warps, const Result& result) {
+                                             uint32_t warps, const UnitStatistics& all,
+                                             const Values& values) {
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  constexpr uint32_t kParts = kHeadDim / kPartColumns;  // of a query
+  constexpr uint32_t kParts = kHeadDim / kPartColumns, kQuads = kHeadDim / 4;  // of a query
+  const uint32_t count = block.queries * kQuads;
+  const uint32_t first_column = block.first_query * kHeadDim;
+  if (used == 1) {
+    for (uint32_t i = threadIdx.x; i - lane < count; i += blockDim.x) {
+      float4 quad = {};
+      if (i < count) {
+        const float scale = 1.0f / all.sum_of(i / kQuads);
+        quad = values(i / kQuads, i % kQuads * 4);
+        quad = {quad.x * scale, quad.y * scale, quad.z * scale, quad.w * scale};
+      }
+      store_quads(args.step.output, block.row, first_column + i / kPartQuads * kPartColumns, quad,
+                  i < count);
+    }
+    return;
+  }
+
   const uint32_t splits = args.launch.splits;
   SplitPart* const parts =
       args.step.split_parts + uint64_t(block.index) * splits * kQueryColumns * kParts;
-  const uint32_t first_column = block.first_query * kHeadDim;
-  constexpr uint32_t kQuads = kHeadDim / 4;
-  for (uint32_t i = threadIdx.x; i < block.queries * kQuads; i += blockDim.x) {
-    const uint32_t part = i / kPartQuads, quad = i % kPartQuads;
-    const BlockResult found = result(i / kQuads, i % kQuads * 4);
-    if (used == 1) {
-      const float scale = 1.0f / found.sum;
-      store_quads(args.step.output, block.row, first_column + part * kPartColumns,
-                  {found.values.x * scale, found.values.y * scale, found.values.z * scale,
-                   found.values.w * scale});
-      continue;
-    }
-    SplitPart& to = parts[part * splits + block.split];
-    ptx::store_relaxed(to.values + 4 * quad, found.values);
-    if (quad == 0) ptx::store_relaxed(&to.largest, {found.largest, found.sum, 0, 0});
-  }
-  if (used == 1) return;
+  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x)
+    ptx::store_relaxed(parts[i / kPartQuads * splits + block.split].values + i % kPartQuads * 4,
+                       values(i / kQuads, i % kQuads * 4));
+  // From the last thread on: it has fewer of those.
+  for (uint32_t i = blockDim.x - 1 - threadIdx.x; i < block.queries * kParts; i += blockDim.x)
+    ptx::store_relaxed(&parts[i * splits + block.split].largest,
+                       {all.largest_of(i / kParts), all.sum_of(i / kParts), 0, 0});
 
   for (uint32_t part = block.split + warp * used; part < block.queries * kParts;
        part += warps * used) {
     const float4 merged = merge_parts<kMergeBatch<kHeadDim>>(parts + part * splits, used, lane);
-    if (lane < kPartQuads)
-      store_quads(args.step.output, block.row, first_column + part * kPartColumns, merged);
+    store_quads(args.step.output, block.row, first_column + part * kPartColumns, merged,
+                lane < kPartQuads);
   }
 }
 

@@ -35,7 +35,9 @@ __device__ __forceinline__ uint32_t part_of(uint32_t warp, uint32_t team) {
 }
 
 // A warp's ring of tiles in shared memory: parts of keys, and of values where they are not what the
-// keys are. The team's rings of keys stand before those of values.
+// keys are. The team's rings of keys stand before those of values. Compressed keys are in registers
+// once they are multiplied with queries, even where they are values, too: their place is free then,
+// but for the scales, which have one place more.
 template <class Kv>
 class TileRing {
   static constexpr uint32_t kStages = Kv::kStages;
@@ -49,11 +51,12 @@ class TileRing {
         table_(page_table(args.step, share.place.sequence)),
         scale_bytes_(kTeamKeys * 2 * kv_.row_scales),
         lane_(lane) {
-    const uint32_t part = share.first_dim / Kv::kPartDims, key_bytes = kRowsBytes + scale_bytes_;
+    const uint32_t part = share.first_dim / Kv::kPartDims;
+    const uint32_t key_bytes = kStages * kRowsBytes + (kStages + 1) * scale_bytes_;
     value_bytes_ = kRowsBytes + (kv_.shared ? 0 : scale_bytes_);
     const uint32_t rings = ptx::shared_address(team);
-    keys_ = rings + part * kStages * key_bytes;
-    values_ = rings + Kv::kTeam * kStages * key_bytes + part * kStages * value_bytes_;
+    keys_ = rings + part * key_bytes;
+    values_ = rings + Kv::kTeam * key_bytes + part * kStages * value_bytes_;
   }
 
   // Looks up where the first tiles lie.
@@ -76,30 +79,32 @@ class TileRing {
 
   // The next tile's keys, there for all lanes.
   __device__ __forceinline__ KvTile wait_for_keys() const {
-    if (kv_.shared) {
+    if (reads_keys_twice()) {
       ptx::copy_async_wait<2 * kStages - 2>();
     } else {
       ptx::copy_async_wait<2 * kStages - 1>();
     }
     __syncwarp();
-    return keys();
+    return {key_rows(), scales(scale_slot_), 2 * kv_.row_scales};
   }
-  // They have been read by all lanes; in shared rows they are read again.
+  // They have been read by all lanes.
   __device__ __forceinline__ void release_keys() {
     __syncwarp();
-    if (!kv_.shared) ask_keys();
+    if (!reads_keys_twice()) ask_keys();
     ptx::copy_async_commit();
   }
   // The same tile's values.
   __device__ __forceinline__ KvTile wait_for_values() const {
-    if (kv_.shared) return {values(), keys().scales, 2 * kv_.row_scales};
-    ptx::copy_async_wait<2 * kStages - 1>();
-    __syncwarp();
-    return {values(), values() + kRowsBytes, 2 * kv_.row_scales};
+    if (!reads_keys_twice()) {
+      ptx::copy_async_wait<2 * kStages - 1>();
+      __syncwarp();
+    }
+    const uint32_t own_scales = values() + kRowsBytes;
+    return {values(), kv_.shared ? scales(scale_slot_) : own_scales, 2 * kv_.row_scales};
   }
   __device__ __forceinline__ void release_values() {
     __syncwarp();
-    if (kv_.shared) ask_keys();
+    if (reads_keys_twice()) ask_keys();
     ask_values();
     advance();
     page_ = look_up(share_.tile);
@@ -109,9 +114,14 @@ class TileRing {
   __device__ __forceinline__ uint32_t values() const {
     return values_ + slot_ * value_bytes_;
   }
-  __device__ __forceinline__ KvTile keys() const {
-    const uint32_t rows = keys_ + slot_ * (kRowsBytes + scale_bytes_);
-    return {rows, rows + kRowsBytes, 2 * kv_.row_scales};
+  __device__ __forceinline__ uint32_t key_rows() const {
+    return keys_ + slot_ * kRowsBytes;
+  }
+  __device__ __forceinline__ uint32_t scales(uint32_t slot) const {
+    return keys_ + kStages * kRowsBytes + slot * scale_bytes_;
+  }
+  __device__ __forceinline__ bool reads_keys_twice() const {
+    return !Kv::kInBlocks && kv_.shared;
   }
 
   __device__ __forceinline__ uint64_t look_up(uint32_t tile) const {
@@ -119,16 +129,19 @@ class TileRing {
   }
 
   __device__ __forceinline__ void ask_keys() const {
-    ask(keys().rows, kv_.key_offset, share_.first_dim, Kv::kPartDims, true);
+    ask(key_rows(), scales(scale_slot_ == 0 ? kStages : scale_slot_ - 1), kv_.key_offset,
+        share_.first_dim, Kv::kPartDims);
   }
   __device__ __forceinline__ void ask_values() const {
     if (share_.own_values > 0)
-      ask(values(), kv_.value_offset, share_.value_begin, share_.own_values, !kv_.shared);
+      ask(values(), kv_.shared ? 0 : values() + kRowsBytes, kv_.value_offset, share_.value_begin,
+          share_.own_values);
   }
-  // Copies `dims` of a page's rows, from dimension `begin` of a row on, and the rows' scales. The
-  // row's own position and what is behind it come along, as nothing that counts.
-  __device__ __forceinline__ void ask(uint32_t to, uint64_t offset, uint32_t begin, uint32_t dims,
-                                      bool scales) const {
+  // Copies `dims` of a page's rows, from dimension `begin` of a row on, and the rows' scales if
+  // `scales` is a place for them. The row's own position and what is behind it come along, as
+  // nothing that counts.
+  __device__ __forceinline__ void ask(uint32_t to, uint32_t scales, uint64_t offset, uint32_t begin,
+                                      uint32_t dims) const {
     if (share_.tile >= share_.end) return;
     constexpr uint32_t kChunks = Kv::kPartBytes / 16;  // of a row
     const KvRow page = page_row(page_, kv_, offset, share_.kv_head, 0);
@@ -144,12 +157,12 @@ class TileRing {
     }
     if constexpr (Kv::kInBlocks) {
       constexpr uint32_t kMostBytes = kTeamKeys * 2 * 2 * Kv::kHeadDim / Kv::kBlock;
-      if (!scales) return;
+      if (scales == 0) return;
 #pragma unroll
       for (uint32_t i = 0; i < kMostBytes; i += kLanes * 16) {
         const uint32_t at = i + lane_ * 16;
         if (at < scale_bytes_)
-          ptx::copy_async_16(to + kRowsBytes + at, reinterpret_cast<const char*>(page.scales) + at);
+          ptx::copy_async_16(scales + at, reinterpret_cast<const char*>(page.scales) + at);
       }
     }
   }
@@ -157,6 +170,7 @@ class TileRing {
     ptx::copy_async_commit();
     share_.tile += share_.stride;
     if (++slot_ == kStages) slot_ = 0;
+    if (++scale_slot_ == kStages + 1) scale_slot_ = 0;
   }
 
   const KvRows& kv_;
@@ -167,6 +181,7 @@ class TileRing {
   uint32_t scale_bytes_, lane_;  // of a tile
   uint64_t page_;                // that is asked for next
   uint32_t slot_ = 0;            // that is read, and then asked for, next
+  uint32_t scale_slot_ = 1;      // that is read; the one before it is asked for next
 };
 
 // 16 bytes a lane; `bytes` is a multiple of 16.
@@ -187,57 +202,65 @@ class HeadMaker {
       : args_(args),
         at_(args.launch.decode),
         block_(block),
-        place_(place),
+        page_(page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens]),
+        position_(place.position),
         shared_(shared),
         lane_(threadIdx.x % kLanes),
         rows_(args.layer, reinterpret_cast<const float2*>(shared + at_.turns),
               reinterpret_cast<float*>(shared + at_.staged) +
-                  threadIdx.x / kLanes * staged_floats(args.layer.kv.values()),
+                  threadIdx.x / kLanes * staged_floats(Kv::kHeadDim),
               lane_) {}
 
-  // A query, or then the key and the value or the shared row. Waits for the kernel in front.
+  // How many there are, where the block has the row's own position.
+  __device__ uint32_t count() const { return block_.queries + rows_.part_count(); }
+
+  // A query, or then the key and the value or the parts of the shared row. Waits for the kernel in
+  // front.
   __device__ void make(uint32_t index) {
+    const KvRows& kv = args_.layer.kv;
     const uint32_t queries = block_.queries;
-    const HeadKind kind = index < queries    ? HeadKind::kQuery
-                          : index == queries ? HeadKind::kKey
-                                             : HeadKind::kValue;
+    const HeadKind kind = index < queries                 ? HeadKind::kQuery
+                          : index == queries || kv.shared ? HeadKind::kKey
+                                                          : HeadKind::kValue;
     const uint32_t of_kind = kind == HeadKind::kQuery ? block_.first_query + index : block_.kv_head;
     Head head(args_.layer, kind, of_kind, lane_);
     ptx::wait_for_dependencies();
     head.load(args_.step, args_.launch.rows, block_.row);
-    finish(head, index);
+    rows_.turn(head, index != queries || !kv.shared);
+    if (index < queries) {
+      __half* const to =
+          reinterpret_cast<__half*>(shared_ + at_.queries + index * at_.query_stride);
+      rows_.put_query(head, [&](uint32_t d) { return to + Kv::query_place(d); });
+    } else {
+      put_own(head, index - queries);
+    }
   }
 
  private:
-  __device__ void finish(Head& head, uint32_t index) {
-    if (index < block_.queries) {
-      __half* const to =
-          reinterpret_cast<__half*>(shared_ + at_.queries + index * at_.query_stride);
-      rows_.make_query(head, [&](uint32_t d) { return to + Kv::query_place(d); });
-      return;
-    }
-    const uint32_t row = index - block_.queries;
-    char* const own = shared_ + at_.own_rows + row * at_.own_stride;
-    rows_.make_row(head, {own, reinterpret_cast<__half*>(own + args_.layer.kv.row_bytes)});
-    if (block_.leads_kv_head) store_row(own, row);
-  }
-
-  // An own row to its page.
-  __device__ void store_row(const char* own, uint32_t row) const {
+  // To the block and to the page.
+  __device__ void put_own(const Head& head, uint32_t index) const {
     const KvRows& kv = args_.layer.kv;
-    const uint64_t page =
-        page_table(args_.step, place_.sequence)[place_.position / backend::kKvPageTokens];
-    const KvRow to = page_row(page, kv, row == 0 ? kv.key_offset : kv.value_offset, block_.kv_head,
-                              place_.position);
-    copy_by_warp(to.numbers, own, kv.row_bytes, lane_);
-    if (lane_ < kv.row_scales)
-      to.scales[lane_] = reinterpret_cast<const __half*>(own + kv.row_bytes)[lane_];
+    const uint32_t row = kv.shared ? 0 : index;
+    const auto part = rows_.part(index);
+    char* const own = shared_ + at_.own_rows + row * at_.own_stride;
+    rows_.put_part(head, part, {own, reinterpret_cast<__half*>(own + kv.row_bytes)});
+    if (!block_.leads_kv_head) return;
+    const KvRow to =
+        page_row(page_, kv, row == 0 ? kv.key_offset : kv.value_offset, block_.kv_head, position_);
+    const uint32_t begin = Kv::bytes_of(part.begin);
+    copy_by_warp(to.numbers + begin, own + begin, Kv::bytes_of(part.end) - begin, lane_);
+    if constexpr (Kv::kInBlocks) {
+      const uint32_t scale = part.begin / Kv::kBlock + lane_;
+      if (scale < part.end / Kv::kBlock)
+        to.scales[scale] = reinterpret_cast<const __half*>(own + kv.row_bytes)[scale];
+    }
   }
 
   const AttentionKernelArgs& args_;
   const DecodeShape& at_;
   const DecodeBlock& block_;
-  const RowPlace place_;
+  const uint64_t page_;  // the row's own; read before the wait
+  const uint32_t position_;
   char* shared_;
   uint32_t lane_;
   RowMaker<Kv> rows_;
@@ -251,14 +274,13 @@ __device__ void make_heads(const AttentionKernelArgs& args, const DecodeBlock& b
                            RowPlace place, bool owns_position, char* shared) {
   const DecodeShape& at = args.launch.decode;
   const uint32_t warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const uint32_t own_rows = owns_position ? (args.layer.kv.shared ? 1 : 2) : 0;
-  const uint32_t count = block.queries + own_rows;
   const uint32_t chunks = at.query_stride / 16;
   for (uint32_t i = block.queries * chunks + threadIdx.x; i < kQueryColumns * chunks;
        i += blockDim.x)
     reinterpret_cast<uint4*>(shared + at.queries)[i] = {};
   __syncthreads();
   HeadMaker<Kv> maker(args, block, place, shared);
+  const uint32_t count = owns_position ? maker.count() : block.queries;
 #pragma unroll 1  // mostly once
   for (uint32_t index = warp; index < count; index += warps) maker.make(index);
   __syncthreads();
@@ -300,6 +322,10 @@ class TeamSum {
   static constexpr uint32_t kPartBytes = 2 * kLanes * 16;
   static constexpr uint32_t kTeamBytes = 2 * Kv::kTeam * kPartBytes;
 
+  // Waits for the rest of the team.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (Kv::kTeam > 1) ptx::sync_threads(1 + team_, Kv::kTeam * kLanes);
+  }
   __device__ __forceinline__ void add(float (&scores)[2][4]) {
     if constexpr (Kv::kTeam > 1) {
 #pragma unroll
@@ -307,7 +333,7 @@ class TeamSum {
         ptx::store_shared(buffer_ + (turn_ + part_) * kPartBytes + half * kLanes * 16,
                           {__float_as_uint(scores[half][0]), __float_as_uint(scores[half][1]),
                            __float_as_uint(scores[half][2]), __float_as_uint(scores[half][3])});
-      ptx::sync_threads(1 + team_, Kv::kTeam * kLanes);
+      sync();
 #pragma unroll
       for (uint32_t part = 0; part < Kv::kTeam; ++part) {
 #pragma unroll
@@ -329,41 +355,41 @@ class TeamSum {
   uint32_t turn_ = 0;
 };
 
-// Where a team leaves the sum of query q, row g (or g + 8) of tile m: an index into floats. Tiles
-// are shifted against each other for restore_order().
+// Where a team leaves the sum of query q and dimension d, in the order of the key's values on a
+// row: an index into floats.
 template <class Kv>
-__device__ __forceinline__ uint32_t result_place(uint32_t q, uint32_t tile, uint32_t row) {
-  const uint32_t shift = Kv::kInBlocks ? tile / 4 % 2 + tile / 8 * 8 : 0;
-  return q * result_stride(Kv::kHeadDim) + 16 * tile + row + shift;
+__device__ __forceinline__ uint32_t result_at(uint32_t q, uint32_t d) {
+  return q * result_stride(Kv::kHeadDim, Kv::kBlock) + result_place(d, Kv::kBlock);
 }
 
-// Adds up the teams' results, whose lines are not in the order of dimensions, and undoes the
-// rotation: to [queries, result_stride] in the order of dimensions. A warp has a query at a time, a
-// lane 16 dimensions that are neighbours on a row.
+// Adds up the teams' results and undoes their rotation: to `restored`, as a team's. A warp has a
+// query at a time, a lane 16 dimensions that are neighbours on a row.
 template <class Kv>
-__device__ void restore_order(const AttentionKernelArgs& args, const DecodeBlock& block,
-                              uint32_t teams, const char* shared, float* restored) {
+__device__ void rotate_results(const DecodeShape& at, uint32_t queries, uint32_t teams,
+                               const char* shared, float* restored) {
   const uint32_t lane = threadIdx.x % kLanes, first = lane * kLaneValues;
-  const DecodeShape& at = args.launch.decode;
-  for (uint32_t q = threadIdx.x / kLanes; q < block.queries; q += blockDim.x / kLanes) {
-    float x[kLaneValues] = {};
+  for (uint32_t q = threadIdx.x / kLanes; q < queries; q += blockDim.x / kLanes) {
+    float4 quads[kLaneValues / 4] = {};
     if (first < Kv::kHeadDim) {
+#pragma unroll 1
       for (uint32_t team = 0; team < teams; ++team) {
         const float* const from = reinterpret_cast<const float*>(shared + team * at.team_bytes);
 #pragma unroll
-        for (uint32_t i = 0; i < kLaneValues; ++i) {
-          const typename Kv::ResultLine line = Kv::result_line(first + i);
-          x[i] += from[result_place<Kv>(q, line.tile, line.row)];
-        }
+        for (uint32_t i = 0; i < kLaneValues / 4; ++i)
+          add(quads[i], *reinterpret_cast<const float4*>(from + result_at<Kv>(q, first + 4 * i)));
       }
     }
-    if constexpr (Kv::kRotated) Kv::Codec::template rotate_back<Kv::kBlock>(x, lane);
-    if (first < Kv::kHeadDim) {
-      float4* const to = reinterpret_cast<float4*>(restored + q * result_stride(Kv::kHeadDim) +
-                                                   key_dim(args.layer.kv.order, first));
+    float x[kLaneValues];
 #pragma unroll
-      for (uint32_t i = 0; i < kLaneValues / 4; ++i)
-        to[i] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+    for (uint32_t i = 0; i < kLaneValues / 4; ++i)
+      x[4 * i] = quads[i].x, x[4 * i + 1] = quads[i].y, x[4 * i + 2] = quads[i].z,
+            x[4 * i + 3] = quads[i].w;
+    Kv::Codec::template rotate_back<Kv::kBlock>(x, lane);
+    if (first < Kv::kHeadDim) {
+#pragma unroll
+      for (uint32_t i = 0; i < kLaneValues; i += 4)
+        *reinterpret_cast<float4*>(restored + result_at<Kv>(q, first + i)) = {x[i], x[i + 1],
+                                                                              x[i + 2], x[i + 3]};
     }
   }
   __syncthreads();
@@ -382,24 +408,26 @@ __device__ void combine_teams(const AttentionKernelArgs& args, const DecodeBlock
   leave_results(state, all, team, part == 0, block.queries,
                 reinterpret_cast<float*>(shared + team * at.team_bytes),
                 [&](uint32_t q, uint32_t tile, uint32_t row) {
-                  return result_place<Kv>(q, part * Kv::kDimTiles + tile, row);
+                  return result_at<Kv>(q, Kv::result_dim(part * Kv::kDimTiles + tile, row));
                 });
   const char* results = shared;
   uint32_t addends = teams;
-  if constexpr (Kv::kInBlocks) {
-    restore_order<Kv>(args, block, teams, shared, reinterpret_cast<float*>(shared + at.staged));
+  if constexpr (Kv::kRotated) {
+    rotate_results<Kv>(at, block.queries, teams, shared,
+                       reinterpret_cast<float*>(shared + at.staged));
     results = shared + at.staged;
     addends = 1;
   }
-  finish_block<Kv::kHeadDim>(args, block, used, at.warps, [&](uint32_t q, uint32_t d) {
-    if constexpr (!Kv::kInBlocks) d = args.layer.kv.order.key_place(d);
-    BlockResult result = {{}, all.largest_of(q), all.sum_of(q)};
-#pragma unroll 4
-    for (uint32_t i = 0; i < addends; ++i)
-      result.add(*reinterpret_cast<const float4*>(
-          reinterpret_cast<const float*>(results + i * at.team_bytes) +
-          q * result_stride(Kv::kHeadDim) + d));
-    return result;
+  finish_block<Kv::kHeadDim>(args, block, used, at.warps, all, [&](uint32_t q, uint32_t d) {
+    const float* from = reinterpret_cast<const float*>(results) +
+                        result_at<Kv>(q, args.layer.kv.order.key_place(d));
+    float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 1
+    for (uint32_t i = 1; i < addends; ++i) {
+      from += at.team_bytes / sizeof(float);
+      add(sum, *reinterpret_cast<const float4*>(from));
+    }
+    return sum;
   });
 }
 
@@ -437,8 +465,9 @@ __global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
   TeamState<Kv> state;
   const char* const own_key = shared + at.own_rows;
   const char* const own_value = own_key + (kv.shared ? 0 : at.own_stride);
+  uint32_t tile = begin + team;
 #pragma unroll 1
-  for (uint32_t tile = begin + team; tile < end; tile += teams) {
+  for (; tile < end; tile += teams) {
     const uint32_t first = keys.begin + tile * kTeamKeys;
     const uint32_t own_row = place.position - first;  // or beyond the tile
     const KvTile key_tile = ring.wait_for_keys();
@@ -467,6 +496,11 @@ __global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
     if (own_row < kTeamKeys)
       insert_own_row<Kv>(kv, own_value, share.value_begin, share.own_values, value_tile, own_row,
                          lane);
+    if (share.own_values > 0) {
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half)
+        Kv::take_values(value_tile.template from<Kv>(half * kKeyTile), share, lane, numbers[half]);
+    }
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half)
       Kv::add_values(key_tile.template from<Kv>(half * kKeyTile),
@@ -474,6 +508,8 @@ __global__ void __launch_bounds__(kMostDecodeWarps* kLanes, 1)
                      numbers[half], state.results);
     ring.release_values();
   }
+  // Racecheck wants all of a block to have met as many barriers, whichever they are.
+  if (tile - team < end) team_sum.sync();
   combine_teams<Kv>(args, block, min(end - begin, teams), keys.used_splits(args.launch.splits),
                     state, shared);
 }

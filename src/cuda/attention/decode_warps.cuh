@@ -153,7 +153,8 @@ __device__ __forceinline__ void store_f16(const Head& head, char* row, uint32_t 
 // under way together. Heads are numbered queries, key, value. Waits for the kernel in front.
 template <class Kv, uint32_t kCount>
 __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const DecodeBlock& block,
-                                   RowPlace place, uint32_t first, char* shared) {
+                                   uint32_t position, uint64_t own_page, uint32_t first,
+                                   char* shared) {
   using Shared = DecodeShared<Kv>;
   using Head = WarpHead<Kv::kHeadDim>;
   const AttentionLayer& layer = args.layer;
@@ -178,10 +179,8 @@ __device__ void prepare_warp_heads(const AttentionKernelArgs& args, const Decode
     const bool is_key = index == block.queries;
     store_f16(heads[i], shared + (is_key ? Shared::kOwnKey : Shared::kOwnValue), 0);
     if (!block.leads_kv_head) continue;
-    const uint64_t page =
-        page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
     const uint64_t offset = is_key ? layer.kv.key_offset : layer.kv.value_offset;
-    store_f16(heads[i], page_row(page, layer.kv, offset, block.kv_head, place.position).numbers, 0);
+    store_f16(heads[i], page_row(own_page, layer.kv, offset, block.kv_head, position).numbers, 0);
   }
 }
 
@@ -198,11 +197,13 @@ __device__ void prepare_heads(const AttentionKernelArgs& args, const DecodeBlock
   for (uint32_t i = block.queries * Kv::kChunks + threadIdx.x; i < kQueryColumns * Kv::kChunks;
        i += blockDim.x)
     reinterpret_cast<uint4*>(shared + Shared::kQueries)[i] = {};
+  const uint64_t own_page =  // read before the wait
+      page_table(args.step, place.sequence)[place.position / backend::kKvPageTokens];
   __syncthreads();
   if (warp + kDecodeWarps<Kv> < count) {
-    prepare_warp_heads<Kv, 2>(args, block, place, warp, shared);
+    prepare_warp_heads<Kv, 2>(args, block, place.position, own_page, warp, shared);
   } else if (warp < count) {
-    prepare_warp_heads<Kv, 1>(args, block, place, warp, shared);
+    prepare_warp_heads<Kv, 1>(args, block, place.position, own_page, warp, shared);
   }
   __syncthreads();
 }
@@ -231,13 +232,13 @@ __device__ void combine_warps(const AttentionKernelArgs& args, const DecodeBlock
                 [&](uint32_t q, uint32_t tile, uint32_t row) {
                   return q * Shared::kResultStride + 16 * tile + row;
                 });
-  finish_block<Kv::kHeadDim>(args, block, used, kDecodeWarps<Kv>, [&](uint32_t q, uint32_t d) {
-    BlockResult result = {{}, all.largest_of(q), all.sum_of(q)};
+  finish_block<Kv::kHeadDim>(args, block, used, kDecodeWarps<Kv>, all, [&](uint32_t q, uint32_t d) {
+    float4 sum = {};
 #pragma unroll 4
     for (uint32_t i = 0; i < warps; ++i)
-      result.add(*reinterpret_cast<const float4*>(shared + i * 2 * Shared::kTileBytes +
-                                                  (q * Shared::kResultStride + d) * 4));
-    return result;
+      add(sum, *reinterpret_cast<const float4*>(shared + i * 2 * Shared::kTileBytes +
+                                                (q * Shared::kResultStride + d) * 4));
+    return sum;
   });
 }
 

@@ -98,13 +98,18 @@ class WarpHead {
     }
   }
 
-  // Norm and RoPE. Queries come out multiplied by scale * log2(e), so that softmax is a power of 2,
-  // and ready for the layer's rows.
+  // Norm and RoPE; queries ready for the layer's rows.
   __device__ void finish(const AttentionLayer& layer, const float2* turns) {
     normalise(layer);
     weigh();
-    if (kind_ != HeadKind::kValue) rotate(turns);
-    if (kind_ != HeadKind::kQuery) return;
+    rotate(turns);
+    if (kind_ == HeadKind::kQuery) scale(layer);
+  }
+
+  // Its parts: the norm without its weight, the weight, RoPE of queries and keys. Then queries
+  // times scale * log2(e), so that softmax is a power of 2, and the weights that their keys have
+  // not.
+  __device__ void scale(const AttentionLayer& layer) {
     constexpr float kLog2E = 1.4426950408889634f;
     const float scale = layer.scale * kLog2E;
 #pragma unroll
@@ -113,8 +118,6 @@ class WarpHead {
       high_[i] *= kShared ? scale * key_weight_high_[i] : scale;
     }
   }
-
-  // Its parts: the norm without its weight, the weight, RoPE.
   __device__ void normalise(const AttentionLayer& layer) {
     const HeadNorm& norm = this->norm(layer);
     if (!norm.enabled) return;
@@ -137,6 +140,7 @@ class WarpHead {
     }
   }
   __device__ void rotate(const float2* turns) {
+    if (kind_ == HeadKind::kValue) return;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float x = low_[i], y = high_[i];

@@ -88,20 +88,25 @@ struct KvBlocks {
     }
   }
 
+  // Where a part's values are not what the keys are, they take the place of what scores() left.
+  __device__ static __forceinline__ void take_values(const KvTile& values, const WarpShare& share,
+                                                     uint32_t lane, Numbers& numbers) {
+#pragma unroll
+    for (uint32_t block = 0; block < kBlocks; ++block)
+      if (block * kBlock < share.own_values) decode(values, block, lane, numbers);
+  }
+
   // results[tile] += values by weights, which stand as the second operand of a matrix instruction.
-  // `numbers` are what scores() left; values of their own take their place.
   __device__ static __forceinline__ void add_values(const KvTile&, const KvTile& values,
                                                     const WarpShare& share, uint32_t lane,
-                                                    const uint32_t (&weights)[2], Numbers& numbers,
+                                                    const uint32_t (&weights)[2],
+                                                    const Numbers& numbers,
                                                     float (&results)[kDimTiles][4]) {
     const uint32_t scale_at = values.scales + lane % 4 * 2 * values.scale_stride;
 #pragma unroll
     for (uint32_t block = 0; block < kBlocks; ++block) {
-      uint32_t dim = share.first_dim + block * kBlock;
-      if (block * kBlock < share.own_values) {
-        dim = share.value_begin + block * kBlock;
-        decode(values, block, lane, numbers);
-      }
+      const uint32_t dim = block * kBlock + (block * kBlock < share.own_values ? share.value_begin
+                                                                               : share.first_dim);
       uint32_t scaled[2];
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
@@ -122,29 +127,26 @@ struct KvBlocks {
     }
   }
 
-  // Where results have dimension d of a value, in the order of the key's values on a row: a tile
-  // among all of the head's, and a row of it.
-  struct ResultLine {
-    uint32_t tile, row;
-  };
-  __device__ static __forceinline__ ResultLine result_line(uint32_t d) {
-    const uint32_t lane = d % kBlock / kLaneDims, eight = d / kBlock * kEights + d % kLaneDims / 8;
-    const uint32_t pair = d % 8 / 2;
-    return {eight * 2 + pair / 2, pair % 2 * 8 + lane * 2 + d % 2};
+  // The dimension of a value, in the order of the key's values on a row, that results have in row
+  // `row` of a tile, one of all the head's.
+  __device__ static __forceinline__ uint32_t result_dim(uint32_t tile, uint32_t row) {
+    const uint32_t eight = tile / 2, pair = tile % 2 * 2 + row / 8;
+    return eight / kEights * kBlock + row % 8 / 2 * kLaneDims + eight % kEights * 8 + pair * 2 +
+           row % 2;
   }
 
-  // Makes a row's numbers and scales of its staged values; by one warp.
-  __device__ static void encode(const float* staged, uint32_t values, const KvRow& to,
+  // Makes numbers and scales of the values [begin, end) of a row, which are staged; by one warp.
+  __device__ static void encode(const float* staged, uint32_t begin, uint32_t end, const KvRow& to,
                                 uint32_t lane) {
-#pragma unroll 1
-    for (uint32_t begin = 0; begin < values; begin += kLanes * kLaneValues) {
-      const uint32_t first = begin + lane * kLaneValues;
+#pragma unroll 1  // once
+    for (uint32_t some = begin; some < end; some += kLanes * kLaneValues) {
+      const uint32_t first = some + lane * kLaneValues;
       float x[kLaneValues] = {};
-      if (first < values) load_staged(staged, first, x);
+      if (first < end) load_staged(staged, first - begin, x);
       using Words = uint32_t[2 * Codec::kEightWords];
       alignas(16) Words words;
       const float scale = Codec::template encode<kBlock>(x, words, lane);
-      if (first >= values) continue;
+      if (first >= end) continue;
       char* const numbers = to.numbers + bytes_of(first);
       if constexpr (sizeof(Words) == 16) {
         *reinterpret_cast<uint4*>(numbers) = {words[0], words[1], words[2], words[3]};

@@ -84,6 +84,7 @@ struct F16Rows {
 template <int kDim>
 struct KvF16 {
   static constexpr uint32_t kHeadDim = kDim;
+  static constexpr uint32_t kBlock = 0;
   static constexpr bool kInBlocks = false;
   static constexpr bool kRotated = false;
 
@@ -97,6 +98,9 @@ struct KvF16 {
   struct Numbers {};
 
   __device__ static __forceinline__ uint32_t bytes_of(uint32_t dims) { return 2 * dims; }
+  __device__ static __forceinline__ uint32_t result_dim(uint32_t tile, uint32_t row) {
+    return 16 * tile + row;
+  }
 
   // Where the query has dimension d.
   __device__ static __forceinline__ uint32_t query_place(uint32_t d) { return d; }
@@ -130,12 +134,14 @@ struct KvF16 {
     for (int i = 0; i < 4; ++i) scores[i] = sums[0][i] + sums[1][i];
   }
 
+  __device__ static __forceinline__ void take_values(const KvTile&, const WarpShare&, uint32_t,
+                                                     Numbers&) {}
   // results[tile] += values by weights, which stand as the second operand of a matrix instruction.
   // Rows g and g + 8 of tile m are dimensions 16 m + g and 16 m + g + 8 of the part, in the order
   // of the key's values on a row.
   __device__ static __forceinline__ void add_values(const KvTile& keys, const KvTile& values,
                                                     const WarpShare& share, uint32_t lane,
-                                                    const uint32_t (&weights)[2], Numbers&,
+                                                    const uint32_t (&weights)[2], const Numbers&,
                                                     float (&results)[kDimTiles][4]) {
     const uint32_t row = lane % 8 + lane / 16 * 8;
     const uint32_t in_tile = row * kStride + lane / 8 % 2 * 16;

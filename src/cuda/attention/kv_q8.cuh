@@ -28,28 +28,25 @@ struct CodecQ8 {
   __device__ static __forceinline__ float encode(const float (&x)[kLaneValues],
                                                  uint32_t (&words)[4], uint32_t lane) {
     float largest = 0;
-    bool is_nan = false;
 #pragma unroll
-    for (const float value : x) {
-      largest = fmaxf(largest, fabsf(value));
-      is_nan |= isnan(value);
-    }
-    if (is_nan) largest = INFINITY;
+    for (const float value : x) largest = ptx::max_or_nan(largest, fabsf(value));
 #pragma unroll
     for (uint32_t step = 1; step < kBlock / kLaneValues; step *= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
-    const float scale = __half2float(__float2half_rn(largest / 127));
-    const float inverse = scale > 0 ? 1 / scale : 0;
+      largest = ptx::max_or_nan(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    const float scale = __half2float(__float2half_rn(largest * (1.0f / 127)));
+    const float inverse = scale > 0 ? __fdividef(1, scale) : 0;
 #pragma unroll
     for (uint32_t i = 0; i < kLaneValues; i += 4) {
-      uint32_t word = 0;
+      uint32_t numbers[4];
 #pragma unroll
       for (uint32_t j = 0; j < 4; ++j) {
-        // Rounding the scale down may take the largest value beyond 127.
+        // A small scale, rounded down, may take the largest values beyond 127.
         const float scaled = fminf(fmaxf(x[i + j] * inverse, -127.0f), 127.0f);
-        word |= (uint32_t(__float2int_rn(scaled)) & 0xff) << 8 * j;
+        // The sum's unit in the last place is 1: its low byte is the rounded number.
+        numbers[j] = __float_as_uint(scaled + 0x1.8p23f);
       }
-      words[i / 4] = word;
+      words[i / 4] = __byte_perm(__byte_perm(numbers[0], numbers[1], 0x0040),
+                                 __byte_perm(numbers[2], numbers[3], 0x0040), 0x5410);
     }
     return scale;
   }

@@ -18,11 +18,6 @@ __device__ __forceinline__ uint32_t value_dim(const backend::SharedKvRow& order,
   const uint32_t upper = index - 2 * others < rope_half ? 0 : 1;
   return upper * half + index - 2 * others - upper * rope_half;
 }
-// The dimension that stands at `index` of a key: the inverse of key_place().
-__device__ __forceinline__ uint32_t key_dim(const backend::SharedKvRow& order, uint32_t index) {
-  const uint32_t of_value = index < order.rope_dims ? index + order.head_dim : index;
-  return value_dim(order, of_value - order.value_begin());
-}
 
 // Neighbours on a row that a lane has of it, where a warp turns blocks or compresses them. A block
 // is of that many or more, and so are the pieces that value_dim() leaves in order.
@@ -51,12 +46,36 @@ class RowMaker {
                       uint32_t lane)
       : layer_(layer), turns_(turns), staged_(staged), lane_(lane) {}
 
+  // Which values of a row: all of one that is a key or a value; of a shared row the value, or the
+  // RoPE block as the key has it.
+  struct Part {
+    uint32_t begin, end;
+    bool turned;  // the RoPE block
+  };
+  // The parts that a KV head has at a position, part_count() in all.
+  __device__ Part part(uint32_t index) const {
+    const uint32_t rope_dims = layer_.kv.order.rope_dims;
+    if (index == 0 || !layer_.kv.shared) return {rope_dims, Kv::kHeadDim + rope_dims, false};
+    return {0, rope_dims, true};
+  }
+  __device__ uint32_t part_count() const {
+    return layer_.kv.shared && layer_.kv.order.rope_dims == 0 ? 1 : 2;
+  }
+
+  // Norm and RoPE. Of a shared row's value, no more than the norm.
+  __device__ void turn(Head& head, bool weighed) const {
+    head.normalise(layer_);
+    if (!weighed) return;
+    head.weigh();
+    head.rotate(turns_);
+  }
+
   // place(d): where the f16 goes that meets value d of a key's row. Eight that begin at a multiple
   // of eight go side by side.
   template <class Place>
-  __device__ void make_query(Head& head, const Place& place) const {
-    const backend::SharedKvRow& order = layer_.kv.order;
-    head.finish(layer_, turns_);
+  __device__ void put_query(Head& head, const Place& place) const {
+    const backend::SharedKvRow order = this->order();
+    head.scale(layer_);
     if constexpr (Kv::kRotated) {
       stage(head, [&](uint32_t d) { return order.key_place(d); });
       __syncwarp();
@@ -80,40 +99,28 @@ class RowMaker {
     }
   }
 
-  // Of a key or value, or of the key of shared rows.
-  __device__ void make_row(Head& head, const KvRow& to) const {
-    const backend::SharedKvRow& order = layer_.kv.order;
-    const auto put = [&](const auto& place) {
-      if constexpr (Kv::kInBlocks) {
-        stage(head, place);
-      } else {
-        Kv::put(head, to.numbers, place);
-      }
+  // To a row: the part of it that the head is.
+  __device__ void put_part(const Head& head, const Part& part, const KvRow& to) const {
+    const backend::SharedKvRow order = this->order();
+    const auto place = [&](uint32_t d) {
+      // Beyond the RoPE block a key's dimension is what the value's is.
+      const uint32_t at = part.turned ? order.key_place(d) : order.value_place(d);
+      return at < part.end ? at - part.begin : kNowhere;
     };
-    if (layer_.kv.shared) {
-      head.normalise(layer_);
-      put([&](uint32_t d) { return order.value_place(d); });
-      if (order.rope_dims > 0) {
-        head.weigh();
-        head.rotate(turns_);
-        // Beyond the RoPE block a key's dimension is what the value's is: it stands there already.
-        put([&](uint32_t d) {
-          const uint32_t place = order.key_place(d);
-          return place < order.rope_dims ? place : kNowhere;
-        });
-      }
+    if constexpr (Kv::kInBlocks) {
+      stage(head, place);
+      __syncwarp();
+      Kv::encode(staged_, part.begin, part.end, to, lane_);
     } else {
-      head.finish(layer_, turns_);
-      put([](uint32_t d) { return d; });
+      Kv::put(head, to.numbers + Kv::bytes_of(part.begin), place);
     }
     __syncwarp();
-    if constexpr (Kv::kInBlocks) {
-      Kv::encode(staged_, order.values(), to, lane_);
-      __syncwarp();
-    }
   }
 
  private:
+  __device__ __forceinline__ backend::SharedKvRow order() const {
+    return {Kv::kHeadDim, layer_.kv.order.rope_dims};
+  }
   template <class Place>
   __device__ __forceinline__ void stage(const Head& head, const Place& place) const {
     head.for_each([&](uint32_t d, float x) {

@@ -13,6 +13,7 @@
 
 #include "cuda/attention/heads.cuh"
 #include "cuda/layouts/activations.cuh"
+#include "cuda/ptx.cuh"
 
 namespace nibble::cuda {
 
@@ -37,21 +38,21 @@ __device__ __forceinline__ float4 load_relaxed(const void* from) {
 
 inline constexpr uint32_t kPartQuads = kPartColumns / 4;  // lanes that share a part
 
-// Lanes 8i to 8i + 7 hold the quads of 32 columns that begin at `column`.
+// By a warp. Lanes 8i to 8i + 7 hold the quads of 32 columns that begin at `column`, or do not
+// store.
 __device__ __forceinline__ void store_quads(const ActivationRows& to, uint32_t row, uint32_t column,
-                                            float4 quad) {
+                                            float4 quad, bool stores) {
   const uint32_t lane = threadIdx.x % kLanes, eight = lane % 4;
-  const uint32_t lanes = 0xffu << (lane & ~7u);
   float values[8];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int from = int(2 * eight + i);
-    values[4 * i] = __shfl_sync(lanes, quad.x, from, kPartQuads);
-    values[4 * i + 1] = __shfl_sync(lanes, quad.y, from, kPartQuads);
-    values[4 * i + 2] = __shfl_sync(lanes, quad.z, from, kPartQuads);
-    values[4 * i + 3] = __shfl_sync(lanes, quad.w, from, kPartQuads);
+    values[4 * i] = __shfl_sync(kAllLanes, quad.x, from, kPartQuads);
+    values[4 * i + 1] = __shfl_sync(kAllLanes, quad.y, from, kPartQuads);
+    values[4 * i + 2] = __shfl_sync(kAllLanes, quad.z, from, kPartQuads);
+    values[4 * i + 3] = __shfl_sync(kAllLanes, quad.w, from, kPartQuads);
   }
-  if (lane % kPartQuads < 4) store_activations(to, row, column + 8 * eight, values);
+  if (stores && lane % kPartQuads < 4) store_activations(to, row, column + 8 * eight, values);
 }
 
 __device__ __forceinline__ bool is_written(float word) {
@@ -106,12 +107,13 @@ __device__ float4 merge_parts(SplitPart* parts, uint32_t used, uint32_t lane) {
 #pragma unroll
     for (uint32_t step = kPartQuads; step < kLanes; step *= 2)
       next = fmaxf(next, __shfl_xor_sync(kAllLanes, next, step));
-    const float shrink = exp2f(largest - next);
+    const float shrink = ptx::power_of_2(largest - next);
     largest = next;
     sum *= shrink;
     merged = {merged.x * shrink, merged.y * shrink, merged.z * shrink, merged.w * shrink};
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) add(values[i], scale[i].y, exp2f(scale[i].x - next));
+    for (uint32_t i = 0; i < kBatch; ++i)
+      add(values[i], scale[i].y, ptx::power_of_2(scale[i].x - next));
   }
 #pragma unroll
   for (uint32_t step = kPartQuads; step < kLanes; step *= 2) {
@@ -120,7 +122,7 @@ __device__ float4 merge_parts(SplitPart* parts, uint32_t used, uint32_t lane) {
         __shfl_down_sync(kAllLanes, merged.z, step), __shfl_down_sync(kAllLanes, merged.w, step)};
     add(other, __shfl_down_sync(kAllLanes, sum, step), 1);
   }
-  const float scale = 1.0f / sum;
+  const float scale = __fdividef(1, sum);
   return {merged.x * scale, merged.y * scale, merged.z * scale, merged.w * scale};
 }
 

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kStoreWarps* kLanes)
   ptx::wait_for_dependencies();
 
   const QueryTiles tiles(shape);
-  const RowMaker<Kv> rows(layer, turns, staged + warp * staged_floats(layer.kv.values()), lane);
+  const RowMaker<Kv> rows(layer, turns, staged + warp * staged_floats(Kv::kHeadDim), lane);
   const uint32_t heads = shape.query_heads + (layer.kv.shared ? 1 : 2) * shape.kv_heads;
   for (uint32_t i = warp; i < heads; i += kStoreWarps) {
     uint32_t index = i;
@@ -44,18 +44,25 @@ __global__ void __launch_bounds__(kStoreWarps* kLanes)
       const uint32_t query = new_row % tiles.tile_tokens * tiles.ratio + index % tiles.ratio;
       __half* const tile =
           args.queries + tiles.tile(new_row / tiles.tile_tokens, index / tiles.ratio);
-      rows.make_query(head, [&](uint32_t d) { return tile + QueryTiles::in_tile(query, d); });
+      rows.turn(head, true);
+      rows.put_query(head, [&](uint32_t d) { return tile + QueryTiles::in_tile(query, d); });
     } else {
       const uint64_t offset = kind == HeadKind::kKey ? layer.kv.key_offset : layer.kv.value_offset;
-      rows.make_row(head, page_row(page, layer.kv, offset, index, place.position));
+      const KvRow to = page_row(page, layer.kv, offset, index, place.position);
+      rows.turn(head, !layer.kv.shared);
+      rows.put_part(head, rows.part(0), to);
+      if (layer.kv.shared && rows.part_count() == 2) {
+        head.weigh();
+        head.rotate(turns);
+        rows.put_part(head, rows.part(1), to);
+      }
     }
   }
 }
 
 template <class Kv>
 void launch_store(cudaStream_t stream, const AttentionKernelArgs& args) {
-  const uint32_t bytes =
-      Kv::kInBlocks ? kStoreWarps * staged_floats(args.layer.kv.values()) * 4 : 0;
+  const uint32_t bytes = Kv::kInBlocks ? kStoreWarps * staged_floats(Kv::kHeadDim) * 4 : 0;
   launch_dependent(stream, store_kernel<Kv>, args.launch.rows - args.launch.single_rows,
                    kStoreWarps * kLanes, bytes, args);
 }
