@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <variant>
@@ -54,6 +55,24 @@ struct Graph {
 // By how much a gated MLP's values are divided more when f16 could not hold them, and when to stop:
 // then f16 holds the largest f32.
 constexpr float kGatedScaleStep = 64, kLargestGatedScale = 0x1p114f;
+
+// Backends on one device step in turn. Blocks of attention and of matrices wait for each other, so
+// all of a kernel's must find room at once: beside another backend's kernels they might not.
+class DeviceTurn {
+ public:
+  DeviceTurn(uint32_t device, cudaStream_t stream) : lock_(mutex_of(device)), stream_(stream) {}
+  ~DeviceTurn() { cudaStreamSynchronize(stream_); }  // also of a step that failed
+  DeviceTurn(const DeviceTurn&) = delete;
+  DeviceTurn& operator=(const DeviceTurn&) = delete;
+
+ private:
+  static std::mutex& mutex_of(uint32_t device) {
+    static std::vector<std::mutex> mutexes(device_count());
+    return mutexes[device];
+  }
+  std::lock_guard<std::mutex> lock_;
+  cudaStream_t stream_;
+};
 
 // What a kernel of a matrix is started with, but for its activations.
 struct LinearCall {
@@ -403,7 +422,7 @@ MemoryUse CudaBackend::memory() const {
 
 void CudaBackend::run(const Batch& batch, BatchResult& result) {
   use_device();
-  NIBBLE_CUDA(cudaStreamSynchronize(stream_.handle));  // also after a step that failed
+  const DeviceTurn turn(options_.device, stream_.handle);
   result.sampled.clear();
   if (!inputs_.send(batch, stream_.handle)) graphs_.clear();
   const StepShape& shape = inputs_.shape();

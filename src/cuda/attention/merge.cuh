@@ -6,8 +6,9 @@
 // of arithmetic is (a NaN comes out as 0x7fffffff), and whoever has read it makes them one again.
 // So there is no fence, no counter, and one way through the L2 cache between the last block's sums
 // and the merge. Blocks wait for each other: all must be resident at once, which holds for at most
-// a block a multiprocessor (choose_attention), since kernels behind start when all of these have
-// and kernels in front end by themselves. Splits are added in one order, whoever comes first.
+// a block a multiprocessor (choose_attention), since kernels behind start when all of these have,
+// kernels in front end by themselves, and other backends wait for their turn (cuda_backend.cc).
+// Splits are added in one order, whoever comes first.
 
 #include <cmath>
 
