@@ -27,7 +27,7 @@ struct WeightRows {
 // the other. Wide blocks have their multiprocessor to themselves and stream best; narrow ones share
 // it, two by two, and suit small matrices and small devices. Reading 32 activation rows from shared
 // memory takes as long as the tile takes from the device's, so two tiles share them. Tuned in
-// docs/measurements/decode.md and prefill.md.
+// docs/measurements/decode.md and batches.md.
 struct RingShape {
   uint32_t warps, stages, row_tiles;
 };
