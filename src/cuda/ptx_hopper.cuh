@@ -118,96 +118,58 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Starts sums [64 rows, kColumns] += a [64, 16] * b [kColumns, 16]^T. Warp w of the warpgroup holds
-// rows [16 w, 16 w + 16) of a and of the sums, as multiply_add() does, 8 columns after the other.
-// Until wgmma_wait() neither `sums` nor `a` may be touched.
-template <int kColumns>
-__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const __half2 (&a)[4],
-                                      uint64_t b);
-// The same with b [16, kColumns].
-template <int kColumns>
-__device__ __forceinline__ void wgmma_transposed(float (&sums)[kColumns / 2], const __half2 (&a)[4],
-                                                 uint64_t b);
-// The same with a [64, 16] in shared memory, too; without `add`, the sums start from zero. With
-// kTransposed, b is [16, kColumns].
-template <int kColumns, bool kTransposed>
-__device__ __forceinline__ void wgmma_shared(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
-                                             bool add);
 // clang-format off
 #define NIBBLE_SUMS(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define NIBBLE_LEFT_RIGHT "r"(as_bits(a[0])), "r"(as_bits(a[1])), "r"(as_bits(a[2])), "r"(as_bits(a[3])), "l"(b)
-template <>
-__device__ __forceinline__ void wgmma<32>(float (&sums)[16], const __half2 (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8) : NIBBLE_LEFT_RIGHT);
+// Starts sums [64 rows, kColumns] += a [64, 16] * b [kColumns, 16]^T; with kTransposed, b is
+// [16, kColumns]. Warp w of the warpgroup holds rows [16 w, 16 w + 16) of a and of the sums, as
+// multiply_add() does, 8 columns after the other. Until wgmma_wait() neither `sums` nor `a` may be
+// touched.
+template <int kColumns, bool kTransposed = false>
+__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], const __half2 (&a)[4], uint64_t b) {
+  static_assert(kColumns == 32 || kColumns == 64 || kColumns == 128);
+  if constexpr (kColumns == 32) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+        "{%16,%17,%18,%19}, %20, 1, 1, 1, %21;"
+        : NIBBLE_SUMS(0), NIBBLE_SUMS(8) : NIBBLE_LEFT_RIGHT, "n"(int(kTransposed)));
+  } else if constexpr (kColumns == 64) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, 1, 1, 1, %37;"
+        : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : NIBBLE_LEFT_RIGHT, "n"(int(kTransposed)));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "{%64,%65,%66,%67}, %68, 1, 1, 1, %69;"
+        : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT, "n"(int(kTransposed)));
+  }
 }
-template <>
-__device__ __forceinline__ void wgmma<64>(float (&sums)[32], const __half2 (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : NIBBLE_LEFT_RIGHT);
-}
-template <>
-__device__ __forceinline__ void wgmma<128>(float (&sums)[64], const __half2 (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT);
-}
-template <>
-__device__ __forceinline__ void wgmma_transposed<64>(float (&sums)[32], const __half2 (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : NIBBLE_LEFT_RIGHT);
-}
-template <>
-__device__ __forceinline__ void wgmma_transposed<128>(float (&sums)[64], const __half2 (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : NIBBLE_LEFT_RIGHT);
-}
-template <>
-__device__ __forceinline__ void wgmma_shared<128, false>(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "%64, %65, add, 1, 1, 0, 0;\n}"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : "l"(a), "l"(b), "r"(int(add)));
-}
-template <>
-__device__ __forceinline__ void wgmma_shared<64, true>(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "%32, %33, add, 1, 1, 0, 1;\n}"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : "l"(a), "l"(b), "r"(int(add)));
-}
-template <>
-__device__ __forceinline__ void wgmma_shared<128, true>(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "%64, %65, add, 1, 1, 0, 1;\n}"
-      : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : "l"(a), "l"(b), "r"(int(add)));
+// The same with a [64, 16] in shared memory, too; without `add`, the sums start from zero.
+template <int kColumns, bool kTransposed>
+__device__ __forceinline__ void wgmma_shared(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(kColumns == 64 || kColumns == 128);
+  if constexpr (kColumns == 64) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "%32, %33, add, 1, 1, 0, %35;\n}"
+        : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24) : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTransposed)));
+  } else {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        " %16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        " %32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        " %48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "%64, %65, add, 1, 1, 0, %67;\n}"
+        : NIBBLE_SUMS(0), NIBBLE_SUMS(8), NIBBLE_SUMS(16), NIBBLE_SUMS(24), NIBBLE_SUMS(32), NIBBLE_SUMS(40), NIBBLE_SUMS(48), NIBBLE_SUMS(56) : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTransposed)));
+  }
 }
 #undef NIBBLE_SUMS
 #undef NIBBLE_LEFT_RIGHT

@@ -56,7 +56,7 @@ class TwoTilesBlock : public PrefillWgmmaBlock<Kv> {
       const uint32_t stored = run.stored > first_key ? run.stored - first_key : 0;
       this->multiply_values(
           index, 0, stored, values, [&](uint32_t slot, uint32_t step, uint32_t j, uint64_t right) {
-            ptx::wgmma_transposed<Base::kProductDims>(
+            ptx::wgmma<Base::kProductDims, true>(
                 results[j], weights[slot * (Kv::kValueSlotKeys / 16) + step], right);
           });
     });
