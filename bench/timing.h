@@ -1,25 +1,20 @@
 #pragma once
-// Time that work takes on the device.
+// Medians of what work takes on the device.
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/handles.h"
+#include "cuda/timing.h"
 
 namespace nibble::bench {
 
 // Median microseconds that what start() starts takes, of `times` times after two to warm up.
 template <class Start>
 double time_us(cudaStream_t stream, int times, const Start& start) {
-  const cuda::Event begin, end;
   std::vector<float> all_ms;
   for (int i = -2; i < times; ++i) {
-    NIBBLE_CUDA(cudaEventRecord(begin.handle, stream));
-    start();
-    NIBBLE_CUDA(cudaEventRecord(end.handle, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(end.handle));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin.handle, end.handle));
+    const float ms = cuda::time_ms(stream, start);
     if (i >= 0) all_ms.push_back(ms);
   }
   std::ranges::sort(all_ms);

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <utility>
 #include <variant>
@@ -14,6 +13,7 @@
 #include "base/checked_math.h"
 #include "base/error.h"
 #include "cuda/attention/attention.h"
+#include "cuda/device_turn.h"
 #include "cuda/elementwise/elementwise.h"
 #include "cuda/handles.h"
 #include "cuda/layouts/pack.h"
@@ -40,39 +40,9 @@ constexpr size_t kMostGraphs = 64;
 constexpr uint32_t kMostFewRows = 16;
 constexpr uint32_t kMostHeadRows = 64;  // logits take a megabyte a row
 
-struct Graph {
-  explicit Graph(cudaGraph_t captured) {
-    const cudaError_t error = cudaGraphInstantiate(&handle, captured, 0);
-    cudaGraphDestroy(captured);
-    check(error, "cudaGraphInstantiate");
-  }
-  ~Graph() { cudaGraphExecDestroy(handle); }
-  Graph(Graph&& other) noexcept : handle(std::exchange(other.handle, nullptr)) {}
-  Graph& operator=(Graph&&) = delete;
-  cudaGraphExec_t handle = nullptr;
-};
-
 // By how much a gated MLP's values are divided more when f16 could not hold them, and when to stop:
 // then f16 holds the largest f32.
 constexpr float kGatedScaleStep = 64, kLargestGatedScale = 0x1p114f;
-
-// Backends on one device step in turn. Blocks of attention and of matrices wait for each other, so
-// all of a kernel's must find room at once: beside another backend's kernels they might not.
-class DeviceTurn {
- public:
-  DeviceTurn(uint32_t device, cudaStream_t stream) : lock_(mutex_of(device)), stream_(stream) {}
-  ~DeviceTurn() { cudaStreamSynchronize(stream_); }  // also of a step that failed
-  DeviceTurn(const DeviceTurn&) = delete;
-  DeviceTurn& operator=(const DeviceTurn&) = delete;
-
- private:
-  static std::mutex& mutex_of(uint32_t device) {
-    static std::vector<std::mutex> mutexes(device_count());
-    return mutexes[device];
-  }
-  std::lock_guard<std::mutex> lock_;
-  cudaStream_t stream_;
-};
 
 // What a kernel of a matrix is started with, but for its activations.
 struct LinearCall {

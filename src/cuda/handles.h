@@ -31,6 +31,19 @@ struct Event {
   cudaEvent_t handle = nullptr;
 };
 
+// A captured graph, ready to be launched.
+struct Graph {
+  explicit Graph(cudaGraph_t captured) {
+    const cudaError_t error = cudaGraphInstantiate(&handle, captured, 0);
+    cudaGraphDestroy(captured);
+    check(error, "cudaGraphInstantiate");
+  }
+  ~Graph() { cudaGraphExecDestroy(handle); }
+  Graph(Graph&& other) noexcept : handle(std::exchange(other.handle, nullptr)) {}
+  Graph& operator=(Graph&&) = delete;
+  cudaGraphExec_t handle = nullptr;
+};
+
 // Host memory that the device reads and writes without a detour.
 struct FreePinned {
   void operator()(void* memory) const { cudaFreeHost(memory); }

@@ -2,18 +2,15 @@
 // two warpgroups with two instructions of 64 x 128 x 16 in flight each, elsewhere each warp eight
 // of 16 x 8 x 16. No sum waits for the one in front of it, and nothing is read from device memory.
 
-#include <algorithm>
-
 #include "cuda/device_array.h"
-#include "cuda/handles.h"
 #include "cuda/matrix_rate.h"
 #include "cuda/ptx_hopper.cuh"
+#include "cuda/timing.h"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr uint32_t kThreads = 256;
-constexpr int kPasses = 8;
 constexpr double kFlopsOfPass = 4e12;  // some milliseconds
 
 // Two f16 numbers of either sign in [0.5, 1): zeros would take less power, and so be faster.
@@ -86,23 +83,10 @@ double measure_matrix_rate(cudaStream_t stream) {
   const double round_flops = blocks * (wgmma ? 2 * kWgmmaFlops : kThreads / 32 * kMmaFlops);
   const uint32_t rounds = uint32_t(kFlopsOfPass / round_flops);
   const DeviceArray<float> never(1);
-  const Event begin, end;
-  float best_ms = 1e9f;
-  for (int pass = 0; pass < kPasses; ++pass) {
-    NIBBLE_CUDA(cudaEventRecord(begin.handle, stream));
-    if (wgmma) {
-      wgmma_rate_kernel<<<blocks, kThreads, 0, stream>>>(rounds, never.data());
-    } else {
-      mma_rate_kernel<<<blocks, kThreads, 0, stream>>>(rounds, never.data());
-    }
-    NIBBLE_CUDA(cudaGetLastError());
-    NIBBLE_CUDA(cudaEventRecord(end.handle, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(end.handle));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin.handle, end.handle));
-    best_ms = std::min(best_ms, ms);
-  }
-  return rounds * round_flops / (best_ms * 1e-3);
+  const auto kernel = wgmma ? wgmma_rate_kernel : mma_rate_kernel;
+  const float ms =
+      best_ms(stream, [&] { kernel<<<blocks, kThreads, 0, stream>>>(rounds, never.data()); });
+  return rounds * round_flops / (ms * 1e-3);
 }
 
 }  // namespace nibble::cuda

@@ -248,7 +248,7 @@ TEST_P(CudaBackendTest, StoppedBatchLeavesWhatWasCommitted) {
 
 // Each on a device of its own where there are two.
 TEST(CudaBackendDevices, TwoBackendsRunInAnyThread) {
-  const uint32_t devices = uint32_t(cuda::device_count());
+  const uint32_t devices = cuda::device_count();
   if (devices == 0) GTEST_SKIP() << "this machine has no CUDA device";
   const RealModel model("micro-gemma4-Q4_K_M.gguf");
   BackendOptions options = model.options(KvFormat::kF16);

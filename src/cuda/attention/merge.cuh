@@ -7,7 +7,7 @@
 // So there is no fence, no counter, and one way through the L2 cache between the last block's sums
 // and the merge. Blocks wait for each other: all must be resident at once, which holds for at most
 // a block a multiprocessor (choose_attention), since kernels behind start when all of these have,
-// kernels in front end by themselves, and other backends wait for their turn (cuda_backend.cc).
+// kernels in front end by themselves, and other backends wait for their turn (device_turn.h).
 // Splits are added in one order, whoever comes first.
 
 #include <cmath>

@@ -1,15 +1,14 @@
 #include <algorithm>
 
 #include "cuda/device_array.h"
-#include "cuda/handles.h"
 #include "cuda/memory/read_bandwidth.h"
+#include "cuda/timing.h"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr uint64_t kBytes = uint64_t{2} << 30;
 constexpr uint32_t kThreads = 512, kBlocksPerMultiprocessor = 4, kUnroll = 8;
-constexpr int kPasses = 8;
 
 // Each thread has kUnroll independent 16-byte loads in flight.
 __global__ void read_kernel(const uint4* words, uint64_t count, uint32_t* never) {
@@ -42,19 +41,10 @@ double measure_read_bandwidth(cudaStream_t stream, std::span<const std::byte> me
   const uint64_t bytes = std::min<uint64_t>(memory.size(), kBytes) / round_bytes * round_bytes;
   const auto* const words = reinterpret_cast<const uint4*>(memory.data());
   const DeviceArray<uint32_t> never(1);
-  const Event begin, end;
-  float best_ms = 1e9f;
-  for (int pass = 0; pass < kPasses; ++pass) {
-    NIBBLE_CUDA(cudaEventRecord(begin.handle, stream));
+  const float ms = best_ms(stream, [&] {
     read_kernel<<<blocks, kThreads, 0, stream>>>(words, bytes / sizeof(uint4), never.data());
-    NIBBLE_CUDA(cudaGetLastError());
-    NIBBLE_CUDA(cudaEventRecord(end.handle, stream));
-    NIBBLE_CUDA(cudaEventSynchronize(end.handle));
-    float ms;
-    NIBBLE_CUDA(cudaEventElapsedTime(&ms, begin.handle, end.handle));
-    best_ms = std::min(best_ms, ms);
-  }
-  return double(bytes) / (best_ms * 1e-3);
+  });
+  return double(bytes) / (ms * 1e-3);
 }
 
 }  // namespace nibble::cuda
